@@ -366,6 +366,12 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
+def manifest(entries: list[dict]) -> bytes:
+    "One split's JSON: a line for each picture, else compact, for the archive does not compress."
+    lines = (json.dumps(entry, ensure_ascii=False, separators=(",", ":")) for entry in entries)
+    return ('{"data":[\n' + ",\n".join(lines) + "\n]}\n").encode()
+
+
 def survey(root: Path) -> tuple[dict[str, dict], list[dict]]:
     "All stamps that have a picture and a description, with their recordings, and the list of what is left out."
     stamps, dropped = {}, []
@@ -464,7 +470,7 @@ def build(out: Path, workers: int) -> dict:
         for split in ("all", split_of[name]):
             manifests[split].append(entry)
     for split, entries in manifests.items():
-        files[f"{split}.json"] = to_json({"data": entries})
+        files[f"{split}.json"] = manifest(entries)
     write_archive(out, files)
 
     languages = sorted(seconds, key=lambda language: (-captions[language], language))

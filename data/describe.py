@@ -1,4 +1,4 @@
-"""Count what the archives hold: the tables of README.md beside this file.
+"""Count what the archives of `scenes` hold: its tables in README.md beside this file.
 
     python data/describe.py            # prints them
     python data/describe.py --write    # puts them into README.md, between its markers
@@ -52,26 +52,15 @@ def scenes():
         ' (`*` stands for each of the eight English accents).'
 
 
-def stamps():
-    "Counts per split and language of `stamps`."
-    parts = manifests('stamps')
-    parts = {split: parts[split] for split in ('all', 'train', 'val', 'test')}
-    languages = [x for x, _ in Counter(c['language'] for e in parts['all'] for c in e['captions']).most_common()]
-    count = lambda entries: Counter(c['language'] for e in entries for c in e['captions'])
-    yield table(['split', 'stamps', 'recordings', *languages],
-                [[s, len(entries), sum(count(entries).values()), *(count(entries)[x] for x in languages)] for s, entries in parts.items()])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--write', action='store_true')
     write = parser.parse_args().write
-    readme = (HERE / 'README.md').read_text() if write else ''
-    for name, parts in (('scenes', scenes()), ('stamps', stamps())):
-        text = '\n\n'.join(parts)
-        if not write: print(f'## {name}\n\n{text}\n')
-        readme = re.sub(f'(<!-- counts:{name} -->).*?(<!-- end -->)', lambda m: f'{m[1]}\n{text}\n{m[2]}', readme, flags=re.S)
-    if write: (HERE / 'README.md').write_text(readme)
+    text = '\n\n'.join(scenes())
+    if not write: return print(text)
+    readme = (HERE / 'README.md').read_text()
+    readme = re.sub('(<!-- counts:scenes -->).*?(<!-- end -->)', lambda m: f'{m[1]}\n\n{text}\n\n{m[2]}', readme, flags=re.S)
+    (HERE / 'README.md').write_text(readme)
 
 
 if __name__ == '__main__': main()
