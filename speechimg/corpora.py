@@ -4,138 +4,117 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'Caption', 'Picture', 'safe', 'Store', 'Corpus', 'typed', 'find', 'manifest', 'splits', 'load_corpus',
-           'present', 'unique', 'read_picture', 'read_caption', 'load_probe', 'picture_folder', 'check_corpus',
-           'corpus_table']
+           'load_probe', 'picture_folder', 'check_corpus', 'corpus_table']
 
-# %% ../nbs/02_corpora.ipynb #2ea590c7
-import json
-import os
-import stat
-import zipfile
+# %% ../nbs/02_corpora.ipynb #933ccc9a
+import json, os, stat, zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from glob import escape
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
 from .core import InputError, data_dir
 from .data import decode_audio, decode_image, is_silent
 
-# %% ../nbs/02_corpora.ipynb #385ba4f7
+# %% ../nbs/02_corpora.ipynb #1a03af2c
 @dataclass
 class Caption:
     "One recording that describes one picture."
     uttid: str          # its name, unique in the split
     wav: str            # its file, relative to the corpus
-    text: str           # what is said
-    speaker: str        # whose voice
+    text: str           # what is said; "" when unknown
+    speaker: str        # whose voice; "" when unknown
     language: str       # "en", "fr", ...; "" when unknown
     image: int          # place of its picture in Corpus.pictures
 
-
 @dataclass
 class Picture:
-    "One picture; its id is what several captions share."
+    "One picture. Its id is what several captions share."
     path: str                                     # its file, relative to the corpus
-    id: int                                       # never negative, unique in the split
+    id: int                                       # its number in the manifest
     concepts: list = field(default_factory=list)  # the nouns to be seen
     scene: dict | None = None                     # how it was composed, for made-up scenes
-    group: int = -1                               # scenes of one group hold the same nouns in another binding; -1 = none
+    group: int = -1                               # pictures of one group show the same nouns in another binding; -1 = none
 
-# %% ../nbs/02_corpora.ipynb #8f99d909
+# %% ../nbs/02_corpora.ipynb #69310009
 MAX_BYTES = 512 * 2**20  # a single file above this is a mistake
 
-
-def safe(path,   # what a manifest or an archive says
-         where,  # the file that says so, for messages
-        ):
-    "The path itself if it stays inside its corpus, else an InputError: no absolute path, no drive, no backslash, no `..`."
-    if not isinstance(path, str) or not path: raise InputError(where, f"{path!r} is not a file name", 'give a relative path such as "wavs/1.wav"')
+def safe(path, where):
+    "The path, if it stays inside its corpus. Raises InputError for an absolute path, a drive, a backslash or `..`."
+    if not isinstance(path, str) or not path: raise InputError(where, f"{path!r} is no file name", 'give a relative path such as "wavs/1.wav"')
     if path.startswith("/") or "\\" in path or "\0" in path or path[1:2] == ":" or ".." in path.split("/"):
         raise InputError(where, f"the path {path!r} leaves the folder of the corpus", "give a path inside it, with forward slashes")
     return path
 
-
 class Store:
-    "The files of a corpus, in a folder or inside a zip archive that is never unpacked."
-
-    def __init__(self, root):  # a folder or a .zip file
-        self.root, self.process, self.archives = Path(root), None, {}
-        self.zipped = not self.root.is_dir()
-        if self.zipped:
-            for name in self.open(): safe(name, self.root)
+    "The files of a corpus: a folder, or a zip archive that is never unpacked; NAME-train.zip beside NAME.zip belongs to it."
+    def __init__(self, root):
+        self.root, self.zipped, self.process, self.files = Path(root), not Path(root).is_dir(), None, {}
+        for name in self.open() if self.zipped else (): safe(name, self.root)
 
     def open(self):
-        "Which archive holds which file. Opened once per process, because a fork shares the place in the file and readers would trip over each other."
+        "{name: (archive, entry)}. Each process opens its own: after a fork two readers of one handle would move each other's place."
         if self.process != os.getpid():
-            archives = {}
-            # a large corpus may come in parts: all of a split in NAME-SPLIT.zip beside NAME.zip
-            for path in [self.root, *sorted(self.root.parent.glob(f"{escape(self.root.stem)}-*.zip"))]:
-                try: archive = zipfile.ZipFile(path)
-                except FileNotFoundError: raise InputError(path, "does not exist", "give a folder, a .zip file, or one of scenes, stamps") from None
-                except (OSError, zipfile.BadZipFile) as error:
-                    raise InputError(path, f"is neither a folder nor a readable zip archive ({error})", "check the path, or copy it again") from None
-                names = archive.namelist()
-                if path == self.root or f"{path.stem[len(self.root.stem) + 1:]}.json" in names: archives |= dict.fromkeys(names, archive)
-            self.archives, self.process = archives, os.getpid()
-        return self.archives
+            parts = [part for part in (self.root.with_name(f"{self.root.stem}-train.zip"), self.root) if part == self.root or part.exists()]
+            try: archives = [zipfile.ZipFile(part) for part in parts]
+            except FileNotFoundError: raise InputError(self.root, "does not exist", "give a folder, a .zip file, or one of scenes, stamps") from None
+            except (OSError, zipfile.BadZipFile) as error:
+                raise InputError(self.root, f"is neither a folder nor a readable zip archive ({error})", "check the path or copy it again") from None
+            self.files, self.process = {entry.filename: (archive, entry) for archive in archives for entry in archive.infolist()}, os.getpid()
+        return self.files
 
-    def __getstate__(self): return {**self.__dict__, "process": None, "archives": {}}  # a handle cannot travel to another process
+    def __getstate__(self): return {**vars(self), "process": None, "files": {}}  # handles cannot travel to another process
 
-    def names(self):
-        "All files, relative to the root, sorted."
-        if self.zipped: return sorted(name for name in self.open() if not name.endswith("/"))
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+    def names(self, deep=True):
+        "All files, sorted; only those at the top with deep=False. Hidden ones are left out."
+        if self.zipped: found = (name for name in self.open() if not name.endswith("/") and (deep or "/" not in name))
+        else: found = (path.relative_to(self.root).as_posix() for path in self.root.glob("**/*" if deep else "*") if path.is_file())
+        return sorted(name for name in found if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
 
-    def missing(self, path):  # relative to the root
-        "What keeps this file from being read, or None: looked at without reading it."
+    def fault(self, path):
+        "What keeps this file from being read, or None; found out without reading it."
         if self.zipped:
-            try: info = self.open()[path].getinfo(path)
-            except KeyError: return "is not in the archive"
-            if stat.S_ISLNK(info.external_attr >> 16): return "is a link"
-            return "is too large" if info.file_size > MAX_BYTES else "is a folder" if info.is_dir() else None
-        real = os.path.realpath(self.root / path)
-        if not real.startswith(os.path.join(os.path.realpath(self.root), "")): return "is a link that leaves the folder"
-        if not os.path.isfile(real): return "does not exist" if not os.path.exists(real) else "is not a file"
+            entry = self.open().get(path, (None, None))[1]
+            if entry is None or entry.is_dir(): return "is not in the archive"
+            return "is a link" if stat.S_ISLNK(entry.external_attr >> 16) else "is too large" if entry.file_size > MAX_BYTES else None
+        real, top = os.path.realpath(self.root / path), os.path.realpath(self.root)
+        if os.path.commonpath([real, top]) != top: return "is a link that leaves the folder"
+        if not os.path.isfile(real): return "is not a file" if os.path.exists(real) else "does not exist"
         return "is too large" if os.path.getsize(real) > MAX_BYTES else None
 
-    def read(self, path):  # relative to the root
+    def read(self, path):
         "The bytes of a file. Raises InputError."
-        problem = self.missing(safe(path, self.root))
-        if problem: raise InputError(f"{self.root}/{path}", problem, "restore the file or take its entry out of the manifest")
-        try: return self.open()[path].read(path) if self.zipped else (self.root / path).read_bytes()
+        where, fault = f"{self.root}/{path}", self.fault(safe(path, self.root))
+        if fault: raise InputError(where, fault, "restore the file or take its entry out")
+        try:
+            if not self.zipped: return (self.root / path).read_bytes()
+            archive, entry = self.open()[path]
+            return archive.read(entry)
         except (OSError, zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-            raise InputError(f"{self.root}/{path}", f"cannot be read ({error})", "copy the file again") from None
+            raise InputError(where, f"cannot be read ({error})", "copy it again") from None
 
-# %% ../nbs/02_corpora.ipynb #d9d5ba55
+# %% ../nbs/02_corpora.ipynb #2279aa2a
 class Corpus:
     "One split of a corpus: pictures, captions that point at them, and a way to their bytes."
-
-    def __init__(self,
-                 name,        # what to call it
-                 split,       # "train", "val", "test", ...
-                 pictures,    # list of Picture
-                 captions,    # list of Caption
-                 root,        # a folder, a .zip file, or a Store
-                 skipped=(),  # one line for each entry left out while loading
-                ):
+    def __init__(self, name, split,    # what to call it; "train", "val", "test", ...
+                 pictures, captions,   # lists of Picture and Caption
+                 root, skipped=()):    # a folder, a .zip file or a Store; a line for each entry left out while loading
         self.store = root if isinstance(root, Store) else Store(root)
         self.name, self.split, self.pictures, self.captions = name, split, list(pictures), list(captions)
-        self.root, self.skipped = self.store.root, list(skipped)
+        self.root, self.skipped, self.read = self.store.root, list(skipped), self.store.read
         self.image_of = torch.tensor([caption.image for caption in self.captions], dtype=torch.long)  # (n_captions,)
 
-    def read(self, path): return self.store.read(path)
-
-    def load_wave(self, index, max_seconds=None):
-        "(n,) float32: the sound of one caption."
-        return decode_audio(self.read(self.captions[index].wav), self.captions[index].wav, max_seconds)
+    def load_wave(self, index, max_seconds=None, strict=False):
+        "(n,) float32: the sound of one caption. Raises InputError."
+        return decode_audio(self.read(self.captions[index].wav), self.captions[index].wav, max_seconds, strict)
 
     def load_picture(self, index):
-        "One picture, as a PIL image."
+        "One picture, as a PIL image. Raises InputError."
         return decode_image(self.read(self.pictures[index].path), self.pictures[index].path)
 
-    def subset(self, captions):  # indices of the captions to keep
-        "The same corpus with only these captions and their pictures; ids stay what they were."
+    def subset(self, captions):
+        "The same corpus with only the captions at these places, and their pictures; ids stay what they were."
         captions = [self.captions[int(index)] for index in captions]
         kept = sorted({caption.image for caption in captions}); place = {old: new for new, old in enumerate(kept)}
         return Corpus(self.name, self.split, [self.pictures[old] for old in kept],
@@ -143,161 +122,115 @@ class Corpus:
 
     def __repr__(self): return f"Corpus {self.name}/{self.split}: {len(self.pictures)} pictures, {len(self.captions)} captions"
 
-# %% ../nbs/02_corpora.ipynb #7fa7ef92
-def typed(entry,    # an object from a manifest
-          key,      # which value
-          kinds,    # type or types allowed
-          where,    # the entry's name, for messages
-          default,  # when the key is not there; ... = it must be
-         ):
-    "A value of a manifest entry, of the right type, or an InputError."
+# %% ../nbs/02_corpora.ipynb #a5bf1531
+def typed(entry, key, kind, where, default=...):
+    "entry[key], which has to be of this kind, or the default if one is given. Raises InputError."
+    words = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+    if not isinstance(entry, dict): raise InputError(where, f"holds {entry!r:.40} where an object should be", 'write {"image": ..., "captions": [...]}')
     value = entry.get(key, default)
-    if value is ...: raise InputError(where, f"{key!r} is missing", f'add "{key}" to the entry')
-    if key in entry and (not isinstance(value, kinds) or isinstance(value, bool)):
-        raise InputError(where, f"{key!r} holds {value!r:.40}, of the wrong type", f"give {' or '.join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))}")
+    if value is ...: raise InputError(where, f"{key!r} is missing", f"add {words[kind]} under that name")
+    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)): raise InputError(where, f"{key!r} is {value!r:.40}", f"give {words[kind]}")
     return value
 
-
 def find(name_or_path):
-    "The Store of a shipped corpus or of the user's own folder or archive. Raises InputError."
+    "The Store of a shipped corpus, or of the user's own folder or archive. Raises InputError."
     if str(name_or_path) not in ("scenes", "stamps"): return Store(name_or_path)
     archive = data_dir() / f"{name_or_path}.zip"
-    return Store(archive if archive.exists() else data_dir() / str(name_or_path))
+    return Store(archive if archive.exists() else archive.with_suffix(""))
 
-
-def manifest(store,  # a Store
-             name,   # e.g. "train.json"
-            ):
-    'The list under "data" in a manifest. Raises InputError.'
-    where = f"{store.root}/{name}"
+def manifest(store, name):
+    'The list under "data" in one of the JSON files at the top of a corpus. Raises InputError.'
     try: content = json.loads(store.read(name).decode())
-    except (ValueError, RecursionError) as error: raise InputError(where, f"is not valid JSON ({error})", "repair or rewrite it") from None
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise InputError(where, 'holds no list under "data"', 'write {"data": [{"image": ..., "captions": [...]}, ...]}')
-    return content["data"]
-
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError): raise
+        raise InputError(f"{store.root}/{name}", f"is not valid JSON ({error})", "repair the file or make it again") from None
+    return typed(content, "data", list, f"{store.root}/{name}")
 
 def splits(store):
-    "The manifests at the top of a corpus, by name of the split."
-    return [name[:-5] for name in store.names() if name.endswith(".json") and "/" not in name and name != "swap.json"]
+    "The names of the manifests at the top of a corpus."
+    return [name[:-5] for name in store.names(deep=False) if name.endswith(".json") and name != "swap.json"]
 
-# %% ../nbs/02_corpora.ipynb #86c68858
-def load_corpus(name_or_path,      # "scenes", "stamps", or a folder or .zip in the common layout
-                split,             # "train", "val", "test", ...: the name of a manifest without .json
-                on_error="raise",  # or "skip": leave out entries that are wrong, one line each in Corpus.skipped
-               ):
-    "One split of a corpus. Entries that are wrong or whose files are missing raise InputError, or are skipped."
-    store = find(name_or_path); known = splits(store)
-    if split not in known:
-        if not known: raise InputError(store.root, f"holds no manifest such as {split}.json; looked for the common layout only, not for those of Flickr8k Audio or Places",
-                                       'write {"data": [{"image", "captions": [{"uttid", "wav", "text"}]}]} to it')
-        raise InputError(store.root, f"has no split {split!r}", f"choose from {', '.join(known)}")
-    pictures, captions, skipped, seen = [], [], [], set()
+# %% ../nbs/02_corpora.ipynb #086d4b97
+def load_corpus(name_or_path, split,  # "scenes", "stamps", or a folder or .zip in the common layout; the name of a manifest
+                on_error="raise"):    # or "skip": leave out wrong entries, one line each in Corpus.skipped
+    "One split of a corpus. An entry that is wrong, or whose file is not there, raises InputError or is skipped."
+    store, pictures, captions, skipped, seen = find(name_or_path), [], [], [], set()
+    known = splits(store)
+    if not known: raise InputError(store.root, "has no manifest such as train.json at its top; the layouts of Flickr8k Audio and Places are not read",
+                                   'describe it in one: {"data": [{"image": ..., "captions": [{"uttid": ..., "wav": ..., "text": ...}]}]}')
+    if split not in known: raise InputError(store.root, f"has no split {split!r}", f"choose from {', '.join(known)}")
 
-    def attempt(read):  # run one reader; a wrong entry ends everything or is noted
-        try: return read()
+    @contextmanager
+    def attempt():
+        try: yield
         except InputError as error:
             if on_error == "raise": raise
             skipped.append(str(error))
 
+    def once(kind, value, where):
+        if (kind, value) in seen: raise InputError(where, f"the {kind} {value!r} occurs twice", "give each its own name, or remove one")
+        seen.add((kind, value)); return value
+
+    def there(path, where):
+        fault = store.fault(safe(path, where))
+        if fault: raise InputError(f"{store.root}/{path}", f"{fault}, but {where.rsplit('/', 1)[-1]} names it", "restore the file or take its entry out")
+        return path
+
     for number, entry in enumerate(manifest(store, f"{split}.json")):
-        picture = attempt(lambda: read_picture(store, f"{store.root}/{split}.json entry {number}", entry, number, seen))
-        if picture is None: continue
-        pictures.append(picture)
-        for spoken in entry.get("captions", []):
-            caption = attempt(lambda: read_caption(store, f"{store.root}/{split}.json entry {number}", spoken, len(pictures) - 1, seen))
-            if caption is not None: captions.append(caption)
+        where = f"{store.root}/{split}.json entry {number}"
+        with attempt():
+            path, spoken, concepts = typed(entry, "image", str, where), typed(entry, "captions", list, where, []), typed(entry, "concepts", list, where, [])
+            if not all(isinstance(concept, str) for concept in concepts): raise InputError(where, f"'concepts' is {concepts!r:.40}", "give a list of texts")
+            picture = Picture(there(path, where), number, concepts, typed(entry, "scene", dict, where, None), typed(entry, "group", int, where, -1))
+            once("image", path, where); pictures.append(picture)
+            for one in spoken:
+                with attempt():
+                    uttid, wav, *facts = typed(one, "uttid", str, where), typed(one, "wav", str, where), *(typed(one, key, str, where, "") for key in ("text", "speaker", "language"))
+                    captions.append(Caption(once("uttid", uttid, where), there(wav, where), *facts, len(pictures) - 1))
     return Corpus(store.root.stem, split, pictures, captions, store, skipped)
 
-
-def present(store, path, where):
-    "The path, if it is safe and its file is there. Raises InputError."
-    problem = store.missing(safe(path, where))
-    if problem: raise InputError(f"{store.root}/{path}", f"{problem}, though {where.rsplit('/', 1)[-1]} names it", "restore the file or take the entry out")
-    return path
-
-
-def unique(value, kind, where, seen):
-    "The value, if this kind of name was not seen before. Raises InputError."
-    if (kind, value) in seen: raise InputError(where, f"the {kind} {value!r} occurs twice", "give every one its own name")
-    seen.add((kind, value))
-    return value
-
-
-def read_picture(store, where, entry, number, seen):
-    "A Picture from a manifest entry. Raises InputError."
-    if not isinstance(entry, dict): raise InputError(where, f"is {entry!r:.40}, not an object", 'write {"image": ..., "captions": [...]}')
-    path = unique(present(store, typed(entry, "image", str, where, ...), where), "image", where, seen)
-    typed(entry, "captions", list, where, [])
-    concepts = typed(entry, "concepts", list, where, [])
-    if not all(isinstance(concept, str) for concept in concepts): raise InputError(where, "'concepts' holds something that is not text", "give a list of nouns")
-    return Picture(path, number, concepts, typed(entry, "scene", (dict, type(None)), where, None), typed(entry, "group", int, where, -1))
-
-
-def read_caption(store, where, spoken, image, seen):
-    "A Caption from one element of \"captions\". Raises InputError."
-    if not isinstance(spoken, dict): raise InputError(where, f"the caption {spoken!r:.40} is not an object", 'write {"uttid": ..., "wav": ..., "text": ...}')
-    uttid = unique(typed(spoken, "uttid", str, where, ...), "uttid", where, seen)
-    wav = present(store, typed(spoken, "wav", str, where, ...), where)
-    return Caption(uttid, wav, *(typed(spoken, key, str, where, "") for key in ("text", "speaker", "language")), image)
-
-# %% ../nbs/02_corpora.ipynb #ca25f07f
-def load_probe(name_or_path,  # a corpus, as in load_corpus
-              ):
-    'The swap probe: [{"uttid", "image", "other", "kind"}, ...]; empty where a corpus has none. Raises InputError.'
+def load_probe(name_or_path):
+    'The swap probe of a corpus, [{"uttid", "image", "other", "kind"}, ...]; empty if it has none. Raises InputError.'
     store = find(name_or_path)
-    if store.missing("swap.json"): return []
-    where, pairs = f"{store.root}/swap.json", manifest(store, "swap.json")
-    for number, pair in enumerate(pairs):
-        if not isinstance(pair, dict): raise InputError(f"{where} entry {number}", "is not an object", 'write {"uttid", "image", "other", "kind"}')
-        for key in ("uttid", "image", "other", "kind"): typed(pair, key, str, f"{where} entry {number}", ...)
-    return pairs
+    if store.fault("swap.json"): return []
+    return [{key: typed(pair, key, str, f"{store.root}/swap.json entry {number}") for key in ("uttid", "image", "other", "kind")}
+            for number, pair in enumerate(manifest(store, "swap.json"))]
 
-
-def picture_folder(path,  # a folder, or a .zip, of pictures
-                  ):
-    "A gallery without captions: every picture of a folder, subfolders included. Raises InputError if there is none."
-    store = Store(path)
-    names = [name for name in store.names() if PurePosixPath(name).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-             and not store.missing(name)]
+def picture_folder(path):
+    "A gallery without captions: every picture in a folder or .zip and its subfolders. Raises InputError if there is none."
+    store, kinds = Store(path), (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    names = [name for name in store.names() if name.lower().endswith(kinds) and not store.fault(name)]
     if not names: raise InputError(path, "holds no pictures", "give a folder with .png, .jpg or .webp files")
     return Corpus(Path(path).stem, "pictures", [Picture(name, number) for number, name in enumerate(names)], [], store)
 
-# %% ../nbs/02_corpora.ipynb #34e32674
-def check_corpus(name_or_path,  # a corpus, as in load_corpus
-                ):
+# %% ../nbs/02_corpora.ipynb #0d41e01f
+def check_corpus(name_or_path):
     "Read every file of every split; one line per problem, none if all is well. Raises InputError if there is no corpus at all."
-    store, problems, seen = find(name_or_path), [], {}
-    known = splits(store)
-    if not known: load_corpus(store.root, "train")  # says what it looked for
+    store, problems, known = find(name_or_path), [], {}
+    if not splits(store): load_corpus(store.root, "train")  # which says what it looked for
 
-    def attempt(read):
-        try: return read()
+    def attempt(read, *arguments, **options):
+        try: return read(*arguments, **options)
         except InputError as error: problems.append(str(error))
 
-    for split in known:
-        corpus = attempt(lambda: load_corpus(store.root, split, on_error="skip"))
+    for split in splits(store):
+        corpus = attempt(load_corpus, store.root, split, on_error="skip")
         if corpus is None: continue
         problems += corpus.skipped
-        seen[split] = ({caption.uttid for caption in corpus.captions}, {picture.path for picture in corpus.pictures})
-        for index in range(len(corpus.pictures)): attempt(lambda: corpus.load_picture(index))
+        known[split] = {caption.uttid for caption in corpus.captions} | {picture.path for picture in corpus.pictures}
+        for index in range(len(corpus.pictures)): attempt(corpus.load_picture, index)
         for index, caption in enumerate(corpus.captions):
-            wave = attempt(lambda: corpus.load_wave(index))
+            wave = attempt(corpus.load_wave, index, strict=True)
             if wave is not None and is_silent(wave): problems.append(str(InputError(caption.wav, "holds only silence", "record it again or remove it")))
-    uttids, images = seen.get("test", (set(), set()))
-    for number, pair in enumerate(attempt(lambda: load_probe(store.root)) or []):
-        for key, names in (("uttid", uttids), ("image", images), ("other", images)):
-            if pair[key] not in names: problems.append(str(InputError(f"swap.json entry {number}", f"{key} {pair[key]!r} is not in test.json", "name one that is")))
-    return list(dict.fromkeys(problems))  # a file that several splits use is told once
+    for number, pair in enumerate(attempt(load_probe, store.root) or []):
+        problems += [str(InputError(f"swap.json entry {number}", f"{pair[key]!r} is not in test.json", "name something that is"))
+                     for key in ("uttid", "image", "other") if pair[key] not in known.get("test", ())]
+    return list(dict.fromkeys(problems))  # a file that two splits use is told once
 
-
-def corpus_table(name_or_path,         # a corpus, as in load_corpus
-                 by=("language",),     # attributes of Caption to count by
-                ):
-    "Pictures and captions per split and, say, language or speaker: a pandas table."
+def corpus_table(name_or_path, by=("language",)):
+    "Pictures and captions per split, and per language, speaker or other attribute of Caption: a pandas table."
     import pandas as pd
-    rows = []
-    for split in splits(store := find(name_or_path)):
-        corpus = load_corpus(store.root, split)
-        rows += [{"split": split, **{key: getattr(caption, key) for key in by}, "picture": caption.image, "captions": 1} for caption in corpus.captions]
-    return pd.DataFrame(rows).groupby(["split", *by], sort=False).agg(pictures=("picture", "nunique"), captions=("captions", "sum"))
+    store = find(name_or_path)
+    rows = [{"split": split, **{key: getattr(caption, key) for key in by}, "pictures": caption.image, "captions": 1}
+            for split in splits(store) for caption in load_corpus(store.root, split).captions]
+    return pd.DataFrame(rows).groupby(["split", *by], sort=False).agg({"pictures": "nunique", "captions": "sum"})

@@ -7,7 +7,7 @@ __all__ = ['SAMPLE_RATE', 'MAX_PIXELS', 'MAX_SIDE', 'decode_audio', 'is_silent',
            'FeatureCache', 'Features', 'level', 'Batch', 'collate', 'speech_mask', 'sibling_units', 'epoch_batches',
            'augment', 'augment_speech', 'augment_image']
 
-# %% ../nbs/01_data.ipynb #c67e9f07
+# %% ../nbs/01_data.ipynb #d6fd2534
 import hashlib, io, re, warnings, zipfile
 from collections import Counter, deque
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .core import InputError, atomic_write
 
-# %% ../nbs/01_data.ipynb #99567429
+# %% ../nbs/01_data.ipynb #fb26064b
 SAMPLE_RATE = 16_000  # samples a second, everywhere
 
 def decode_audio(data, name,                       # the bytes of a WAV, FLAC, Ogg or MP3 file, and what to call it in messages
@@ -29,13 +29,13 @@ def decode_audio(data, name,                       # the bytes of a WAV, FLAC, O
     if not data: raise InputError(name, "is empty", "record or copy it again")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, cut = file.samplerate, re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # what libsndfile noticed
+            rate, cut = file.samplerate, re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # a WAV cut off
             if not 1_000 <= rate <= 768_000: raise InputError(name, f"claims {rate} samples a second", "convert it to 16 kHz")
             keep = file.frames if max_seconds is None else min(file.frames, int(np.ceil(max_seconds * rate)))
             wave = file.read(keep, dtype="float32", always_2d=True)  # (n, channels); five hours of sound must not fill the memory
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise InputError(name, f"cannot be decoded as sound ({error})", "convert it to WAV, FLAC or Ogg, or remove it") from None
-    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00):  # recorders that stream write 0xFFFFFFFF
+    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00):  # which recorders that stream write: no promise
         raise InputError(name, "ends before its header says", "copy it again")
     if not np.isfinite(wave).all(): raise InputError(name, "holds NaN or infinite samples", "export it again as 16-bit WAV")
     wave = (wave / np.abs(wave).max(initial=1)).mean(1)  # (n, channels) -> (n,); float files may exceed 1
@@ -48,7 +48,7 @@ def is_silent(wave, threshold=1e-4):
     "Whether the root mean square of a wave (n,) is more than 80 dB under full scale: nothing that anyone could hear."
     return bool(wave.square().mean().sqrt() < threshold)
 
-# %% ../nbs/01_data.ipynb #db2a550d
+# %% ../nbs/01_data.ipynb #59eb80da
 MAX_PIXELS, MAX_SIDE = 64_000_000, 1024  # a larger picture is a mistake or an attack; a decoded one is shrunk to this side
 
 def decode_image(data, name):
@@ -62,9 +62,8 @@ def decode_image(data, name):
             image.draft("RGB", (MAX_SIDE, MAX_SIDE))    # lets a JPEG be decoded small at once; others ignore it
             image = to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a broken file can raise almost anything inside PIL, from OSError to struct.error
-        told = {"UnidentifiedImageError": "is not a picture", "DecompressionBombError": f"is too large ({error})"}
-        raise InputError(name, told.get(type(error).__name__, f"cannot be decoded as a picture ({error})"),
-                         f"convert it to a PNG or JPEG of at most {MAX_PIXELS // 10**6} million pixels, or remove it") from None
+        told = {"UnidentifiedImageError": "is not a picture", "DecompressionBombError": f"is too large ({error}, at most {MAX_PIXELS // 10**6} million)"}
+        raise InputError(name, told.get(type(error).__name__, f"cannot be decoded as a picture ({error})"), "convert it to PNG or JPEG, or remove it") from None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 
@@ -75,12 +74,9 @@ def to_rgb(image):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255 if values.max() > 1 else 1
         return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
-# %% ../nbs/01_data.ipynb #0e31aafd
+# %% ../nbs/01_data.ipynb #88b25a01
 def sha256(data):
     "The fingerprint of bytes or of text, 64 hexadecimal digits."
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
@@ -89,7 +85,6 @@ class FeatureCache:
     "Arrays computed once and kept as files, named by what went in. Safe with several processes, crashes and damaged disks."
     def __init__(self, folder): self.folder = Path(folder)  # made when first needed
     def path(self, key, params): return self.folder / sha256(params)[:16] / key[:2] / f"{key}.npz"
-
     def get(self, key, params,  # fingerprint of the content, from sha256(); text with everything else that the result depends on
             compute):           # () -> array, called when there is no intact file
         "The array for this content and these parameters. Raises InputError when the folder cannot be written."
@@ -101,17 +96,15 @@ class FeatureCache:
         if array.dtype.kind not in "fiub": raise TypeError(f"a feature array holds numbers, not {array.dtype}")
         try:  # two processes may both come here: they write the same, and the last one stays
             with atomic_write(path, sync=False) as file: np.savez(file, array=array)
-        except OSError as error:
-            raise InputError(path, f"cannot be written ({error.strerror})", "make room, or set SPEECHIMG_CACHE to another folder") from None
+        except OSError as error: raise InputError(path, f"cannot be written ({error.strerror})", "make room or set SPEECHIMG_CACHE") from None
         return array
 
-# %% ../nbs/01_data.ipynb #32719be7
+# %% ../nbs/01_data.ipynb #da732e3f
 class Features:
     "All features of a corpus in memory, decoded, then computed or loaded from the cache. Raises InputError for unreadable files."
-    def __init__(self, corpus,                                # has .captions, .pictures, .read(path) -> bytes
-                 speech_front_end, image_front_end,           # have .params; wave (n,) -> (T, F); PIL picture -> array of one shape
-                 cache, max_seconds=20., on_error="raise",    # longer recordings are cut; "skip": leave out what cannot be read, see .skipped
-                 progress=True):                              # show a bar when it takes longer than a few seconds
+    def __init__(self, corpus,                       # has .captions, .pictures, .read(path) -> bytes
+                 speech_front_end, image_front_end,  # have .params; wave (n,) -> (T, F); PIL picture -> array of one shape
+                 cache, max_seconds=20., on_error="raise", progress=True):  # "skip": leave out what cannot be read, one line each in .skipped
         if on_error not in ("raise", "skip"): raise InputError("on_error", f"{on_error!r} is not one of the choices", "choose from raise, skip")
         self.cache, self.on_error, self.progress, self.skipped = cache, on_error, progress, list(getattr(corpus, "skipped", []))
         self.image, self.pictures = self.load(corpus, [picture.path for picture in corpus.pictures], image_front_end, "decode_image 1", decode_image)
@@ -119,15 +112,12 @@ class Features:
         wanted = [index for index, caption in enumerate(corpus.captions) if caption.image in place]
         self.speech, kept = self.load(corpus, [corpus.captions[index].wav for index in wanted], speech_front_end,
                                       f"decode_audio 1 max_seconds={max_seconds}", lambda data, name: decode_audio(data, name, max_seconds))
-        self.captions = [wanted[index] for index in kept]                        # places in corpus.captions
-        if not self.image or corpus.captions and not self.captions:
-            raise InputError(corpus.root, "nothing readable is left of it", "list its problems with speechimg check")
-        captions = [corpus.captions[index] for index in self.captions]
-        self.uttids, self.lengths = [caption.uttid for caption in captions], np.array([len(frames) for frames in self.speech], dtype=np.int64)
-        facts = [(place[caption.image], picture.id, picture.group, level(picture)) for caption in captions for picture in [corpus.pictures[caption.image]]]
+        self.captions = [wanted[index] for index in kept]                        # their places in the corpus
+        if not self.image or corpus.captions and not self.captions: raise InputError(corpus.root, "holds nothing readable", "list its problems with speechimg check")
+        self.uttids, self.lengths = [corpus.captions[index].uttid for index in self.captions], np.array([len(frames) for frames in self.speech], dtype=np.int64)
+        facts = [(place[i], corpus.pictures[i].id, corpus.pictures[i].group, level(corpus.pictures[i])) for i in (corpus.captions[index].image for index in self.captions)]
         # (n_captions,) each: place in self.image; image id; siblings share a number, -1 = none; objects in the scene, 0 = unknown
         self.image_of, self.ids, self.groups, self.levels = torch.tensor(facts, dtype=torch.long).view(-1, 4).T.contiguous()
-
     def load(self, corpus, paths, front_end, decoding, decode):
         "The arrays of these files, and the places in paths of those that could be had."
         from tqdm.auto import tqdm
@@ -135,20 +125,21 @@ class Features:
         for index, path in enumerate(tqdm(paths, desc=params.split()[0], leave=False, delay=5, disable=not self.progress)):
             try:
                 data = corpus.read(path)
-                arrays.append(self.cache.get(sha256(data), params, lambda: front_end(decode(data, path)))); kept.append(index)
+                array = self.cache.get(sha256(data), params, lambda: front_end(decode(data, path)))
+                if not len(array): raise InputError(path, "is too short for a single frame", "record it again or remove it")
+                arrays.append(array); kept.append(index)
             except InputError as error:
                 if self.on_error == "raise": raise
                 self.skipped.append(str(error))
         return arrays, kept
-
     def __len__(self): return len(self.speech)
 
 def level(picture):
     "How many things a picture shows, by its .scene or else its .concepts; 0 when nobody said."
-    scene = picture.scene or {}
-    return scene["relation"] if scene.get("kind") == "count" else len(scene.get("nouns", picture.concepts))
+    count = (picture.scene or {}).get("relation")  # a number in "three bees", a word in "a bee above a cow"
+    return count if isinstance(count, int) else len(picture.concepts)
 
-# %% ../nbs/01_data.ipynb #d4b496a7
+# %% ../nbs/01_data.ipynb #23788bcf
 @dataclass
 class Batch:
     "Some pairs, padded to one length. Whoever lets frames beyond speech_lengths matter has made a mistake."
@@ -157,7 +148,6 @@ class Batch:
     image: torch.Tensor           # (B, ...) float32; pixels in [0, 1]
     ids: torch.Tensor             # (B,) int64, one number per image
     uttids: list                  # (B,) names of the recordings
-
     def to(self, device): return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
 
 def collate(features, indices):
@@ -174,7 +164,7 @@ def speech_mask(lengths, T):
     "(B, T) bool, True = valid, for lengths (B,) padded to T frames."
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
-# %% ../nbs/01_data.ipynb #516559e3
+# %% ../nbs/01_data.ipynb #a1a20c75
 def sibling_units(ids, groups, order, most):
     "Captions to draw together: lists of 2 to `most` captions of one group and different images, similar in `order`, each caption once."
     members, units = {}, []                           # group -> image -> its captions
@@ -200,9 +190,9 @@ def epoch_batches(features, batch_size, generator,     # has .ids, .groups, .len
     together = together[:np.searchsorted(np.cumsum([len(unit) for unit in together]), siblings * n, "right")]  # the others dissolve
     taken = {index for unit in together for index in unit}
     share, alone = len(taken), [[index] for index in rng.permutation(n).tolist() if index not in taken]
-    if drop_last: alone = alone[min(n % batch_size, len(alone)):]           # at random: the end of a sorted list is always the longest
-    together, alone = (deque(sorted(some, key=lambda unit: max(order[index] for index in unit))) for some in (together, alone))
-
+    spare, reverse = alone[:n % batch_size + batch_size], bool(rng.integers(2))  # the last batches take what is left: not always the longest
+    together, alone = (deque(sorted(some, key=lambda unit: max(order[index] for index in unit), reverse=reverse)) for some in (together, alone[len(spare):]))
+    alone.extend(spare)
     def fill(batch, counts, source, until):
         passed = []                                   # what does not fit now comes first in the next batch
         while source and len(batch) < until:
@@ -211,20 +201,20 @@ def epoch_batches(features, batch_size, generator,     # has .ids, .groups, .len
                 batch += unit; counts.update(ids[index] for index in unit)
             else: passed.append(unit)
         source.extendleft(reversed(passed))
-
     batches, total = [], max(1, n // batch_size if drop_last else -(-n // batch_size))
     while together or alone:
         batch, counts, given = [], Counter(), share - sum(map(len, together))  # siblings handed out so far
         fill(batch, counts, together, min(batch_size, round(share * (len(batches) + 1) / total) - given))
         fill(batch, counts, alone, batch_size)
-        fill(batch, counts, together, batch_size)     # when no single caption is left
+        while together and len(batch) < batch_size:   # no single caption is left that fits: siblings become single ones
+            alone.extend([index] for index in together.popleft()); fill(batch, counts, alone, batch_size)
         if drop_last and len(batch) < batch_size: break
         batches.append(batch)
-    if drop_last and not batches: raise InputError("batch_size", f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill",
-                                                   "lower batch_size, or raise captions_per_image")
+    if drop_last and not batches:
+        raise InputError("batch_size", f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill", "lower it, or raise captions_per_image")
     return [batches[place] for place in rng.permutation(len(batches))]
 
-# %% ../nbs/01_data.ipynb #b1a6a0e9
+# %% ../nbs/01_data.ipynb #0f6f611b
 def augment(batch, generator):
     "A slightly different Batch that means the same; on the CPU. Never mirrored: left and right are words of the caption."
     speech, lengths = augment_speech(batch.speech, batch.speech_lengths, generator)
@@ -240,9 +230,9 @@ def augment_speech(speech, lengths, generator):
     before = source.long()                                                           # (B, T') never from the padding
     speech = torch.lerp(speech[row, before], speech[row, (before + 1).minimum(last)], source.frac()[..., None])  # (B, T', F)
     valid = (steps < new[:, None])[..., None]                                        # (B, T', 1)
-    mean = (speech * valid).sum(1, keepdim=True) / new[:, None, None]                # (B, 1, F) of the valid frames
-    spread = (((speech - mean).square() * valid).sum(1, keepdim=True) / new[:, None, None]).sqrt()
-    width = (share * 0.1 * new)[:, None]; first = start[:, None] * (new[:, None] - width)
+    average = lambda x: (x * valid).sum(1, keepdim=True) / new[:, None, None]        # (B, T', F) -> (B, 1, F) of the valid frames
+    mean = average(speech); spread = average((speech - mean).square()).sqrt()
+    width = (share * 0.1 * new)[:, None]; first = start[:, None] * (new[:, None] - width)              # (B, 1)
     speech = torch.where(((steps >= first) & (steps < first + width))[..., None], mean, speech)
     return (speech + 0.1 * spread * (torch.rand(speech.shape, generator=generator) - 0.5)).masked_fill(~valid, 0.), new
 
@@ -253,7 +243,7 @@ def augment_image(image, generator):
         spread = (image - mean).square().mean(1, keepdim=True).sqrt()                # several times quicker than .std(1)
         blank = torch.rand(image.shape[:2], generator=generator)[..., None] < 0.1    # (B, P, 1)
         return torch.where(blank, mean, image) + 0.1 * spread * (torch.rand(image.shape, generator=generator) - 0.5)
-    height, width, most = *image.shape[-2:], round(0.04 * image.shape[-2])
+    (height, width), most = image.shape[-2:], round(0.04 * image.shape[-2])
     down, right = torch.randint(2 * most + 1, (2, len(image)), generator=generator).tolist()
     light = 1 + 0.3 * (torch.rand(len(image), 1, 1, 1, generator=generator) - 0.5)   # (B, 1, 1, 1)
     padded = F.pad(image, (most,) * 4, mode="replicate")                             # (B, 3, H + 2 most, W + 2 most) edges repeat

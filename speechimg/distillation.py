@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['alpha_ramp', 'soft_targets']
 
-# %% ../nbs/10_distillation.ipynb #cf788ec8
+# %% ../nbs/10_distillation.ipynb #01ba62a4
 import torch
 
-# %% ../nbs/10_distillation.ipynb #9a0e08ad
+# %% ../nbs/10_distillation.ipynb #7a9a019e
 def alpha_ramp(
     step: int,  # optimiser steps already made: 0 at the very first
     ramp_steps: int,  # length of the ramp; 0 = full weight at once
@@ -19,7 +19,7 @@ def alpha_ramp(
         raise ValueError(f"alpha_ramp: need step >= 0, ramp_steps >= 0, alpha in [0, 1]; got {step}, {ramp_steps}, {alpha}")
     return float(alpha) if step >= ramp_steps else alpha * step / ramp_steps
 
-# %% ../nbs/10_distillation.ipynb #1683978b
+# %% ../nbs/10_distillation.ipynb #b977a219
 @torch.no_grad()
 def soft_targets(
     teacher_logits: torch.Tensor,  # (B, N) of the teacher's own embeddings, at the student's temperature
@@ -31,6 +31,7 @@ def soft_targets(
         raise ValueError(f"soft_targets: teacher logits are {tuple(teacher_logits.shape)}, targets {tuple(targets.shape)}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"soft_targets: alpha must lie in [0, 1], got {alpha}")
+    targets = targets.detach().float()
     if alpha == 0:  # off means off: not even a NaN of the teacher gets through
-        return targets.float()
-    return alpha * teacher_logits.float().softmax(dim=1) + (1 - alpha) * targets.float()
+        return targets
+    return alpha * teacher_logits.float().softmax(dim=1) + (1 - alpha) * targets

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['square', 'Pixels', 'ConvBlock', 'ImageTower']
 
-# %% ../nbs/04_image.ipynb #1452fefe
+# %% ../nbs/04_image.ipynb #6558e542
 import numpy as np
 import torch
 from einops import rearrange
@@ -14,7 +14,7 @@ from torch import nn
 
 from .core import Block, Encoded, InputError
 
-# %% ../nbs/04_image.ipynb #9997f85f
+# %% ../nbs/04_image.ipynb #04007bf8
 def square(picture,  # PIL image
            size,     # side of the result in pixels
           ):
@@ -26,7 +26,7 @@ def square(picture,  # PIL image
         picture = canvas
     return picture if side == size else picture.resize((size, size), Image.Resampling.BICUBIC)
 
-
+# %% ../nbs/04_image.ipynb #e8abcdbe
 class Pixels:
     "Front end: the picture itself, small and square."
     feature_dim = 3
@@ -44,9 +44,9 @@ class Pixels:
                  picture,  # PIL image
                 ):
         "(3, size, size) uint8."
-        return rearrange(np.array(square(picture, self.size)), "h w c -> c h w")
+        return np.ascontiguousarray(rearrange(np.asarray(square(picture, self.size)), "h w c -> c h w"))
 
-# %% ../nbs/04_image.ipynb #53271ca5
+# %% ../nbs/04_image.ipynb #8690babc
 class ConvBlock(nn.Module):
     "Convolution at half the size, then one at the same size with a short cut."
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['negative_probabilities', 'sample_negatives']
 
-# %% ../nbs/08_mining.ipynb #83786bc5
+# %% ../nbs/08_mining.ipynb #1bbb97b3
 import torch
 
-# %% ../nbs/08_mining.ipynb #1596d553
+# %% ../nbs/08_mining.ipynb #3c835a2f
 def _allowed(logits: torch.Tensor, ids: torch.Tensor, key_ids: torch.Tensor | None) -> torch.Tensor:
     "(B, N) True where a key may be drawn: another image, not an empty slot, a finite logit."
     key_ids = ids if key_ids is None else key_ids
@@ -19,7 +19,7 @@ def _allowed(logits: torch.Tensor, ids: torch.Tensor, key_ids: torch.Tensor | No
     # A NaN is never drawn, so that the loss, which knows the batch, reports it instead of the sampler.
     return different & (key_ids >= 0)[None, :] & logits.isfinite()
 
-# %% ../nbs/08_mining.ipynb #270859f4
+# %% ../nbs/08_mining.ipynb #2af67b17
 @torch.no_grad()
 def negative_probabilities(
     logits: torch.Tensor,  # (B, N) coarse logits (already over the temperature), any precision
@@ -31,7 +31,7 @@ def negative_probabilities(
     masked = logits.float().masked_fill(~allowed, -torch.inf)  # -inf before the softmax: exactly 0 after it
     return masked.softmax(dim=1).masked_fill(~allowed, 0.0)  # a row of only -inf is NaN, and becomes zeros
 
-# %% ../nbs/08_mining.ipynb #15d308fe
+# %% ../nbs/08_mining.ipynb #6b9118a1
 @torch.no_grad()
 def sample_negatives(
     logits: torch.Tensor,  # (B, N) coarse logits

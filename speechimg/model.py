@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'build_towers', 'Embedded', 'DualEncoder', 'project', 'SpeechImageModel', 'Keys', 'StepOutput', 'Alignment',
            'gather', 'encode']
 
-# %% ../nbs/11_model.ipynb #ca75efa1
+# %% ../nbs/11_model.ipynb #95926326
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +28,13 @@ from .sic import clamp_temperature, id_targets, sic_loss, similarity_logits
 from .sim import MultimodalEncoder, sim_loss
 from .speech import SpeechTower
 
-# %% ../nbs/11_model.ipynb #7f2687e7
+# %% ../nbs/11_model.ipynb #a8252176
 def build_towers(config):  # Config; .towers chooses the size
     "The (speech tower, image tower) that a config asks for."
     if config.towers == "light": return LightSpeechTower(config), LightImageTower(config)
     return SpeechTower(config), ImageTower(config)
 
-# %% ../nbs/11_model.ipynb #932df11d
+# %% ../nbs/11_model.ipynb #8a7ba1c6
 class Embedded(NamedTuple):
     "One side of a batch, read by its tower."
     tokens: torch.Tensor     # (B, 1+T, w)
@@ -67,7 +67,7 @@ def project(encoded, projection):  # Encoded, linear layer w -> d
     with torch.autocast(encoded.tokens.device.type, enabled=False):
         return Embedded(*encoded, F.normalize(projection(encoded.tokens[:, 0].float()), dim=-1))  # (B, w) -> (B, d)
 
-# %% ../nbs/11_model.ipynb #bc7e6b4e
+# %% ../nbs/11_model.ipynb #a4d1fbcb
 CARD = """---
 {{ card_data }}
 ---
@@ -75,7 +75,7 @@ A speech-image retrieval model of the `speechimg` package: which picture does a 
 Load it with `speechimg.model.SpeechImageModel.from_pretrained(FOLDER)`. Method: {{ paper_url }}
 """
 
-# %% ../nbs/11_model.ipynb #f13b6e89
+# %% ../nbs/11_model.ipynb #4e362339
 class SpeechImageModel(nn.Module, PyTorchModelHubMixin, library_name="speechimg", license="apache-2.0",
                        paper_url="https://arxiv.org/abs/2408.13119", model_card_template=CARD):
     "Two towers that meet in one space, and a fusion encoder that reads a pair together."
@@ -126,7 +126,7 @@ class SpeechImageModel(nn.Module, PyTorchModelHubMixin, library_name="speechimg"
     def _load_as_pickle(cls, model, model_file, map_location, strict):
         raise InputError(model_file, "is a pickled file, which could run code", "save the model as safetensors")
 
-# %% ../nbs/11_model.ipynb #6c763d36
+# %% ../nbs/11_model.ipynb #fef0065a
 class Keys(NamedTuple):
     "What the teacher saw in one batch; tokens only if the queue keeps some."
     speech: torch.Tensor  # (B, d) unit vectors
@@ -152,7 +152,7 @@ class StepOutput:
     sim_accuracy: float            # share of pairs judged rightly; always "no" gives 2/3
     used: bool = False             # update has seen it
 
-# %% ../nbs/11_model.ipynb #224677cc
+# %% ../nbs/11_model.ipynb #d6229caf
 class Alignment(nn.Module):
     "Coarse and fine alignment of a model: student, teacher, queue. forward computes, update moves (method: ALBEF retrieval, section 1.1)."
 
@@ -169,8 +169,7 @@ class Alignment(nn.Module):
 
     def train(self, mode=True):
         "The teacher never drops out: its keys should not be noisy."
-        super().train(mode)
-        self.teacher.eval()
+        super().train(mode).teacher.eval()
         return self
 
     def forward(self,
@@ -182,18 +181,20 @@ class Alignment(nn.Module):
         config, model, queue = self.config, self.model, self.queue
         if self.training: clamp_temperature(model.temperature, config.temperature_min, config.temperature_max)
         with self.autocast(batch): speech, image = encode(model, batch)
-        with torch.no_grad(), self.autocast(batch): slow_speech, slow_image = encode(self.teacher, batch)
+        alone = step < config.student_steps
+        with torch.no_grad(), self.autocast(batch):  # the student's own keys carry gradient all the same
+            slow_speech, slow_image = (speech, image) if alone else encode(self.teacher, batch)
         old_speech, old_image, old_ids = queue.filled() if step >= config.queue_warmup_steps else (kept[:0] for kept in queue.filled())
         speech_keys = torch.cat([slow_speech.embedding, old_speech])  # (B+K, d) batch first
         image_keys = torch.cat([slow_image.embedding, old_image])
         targets = id_targets(batch.ids, torch.cat([batch.ids, old_ids]))  # (B, B+K)
-        alpha = alpha_ramp(step, config.alpha_ramp_steps, config.alpha)
+        alpha = 0. if alone else alpha_ramp(step - config.student_steps, config.alpha_ramp_steps, config.alpha)
         both, temperature = (targets, targets), model.temperature.detach()
         if alpha > 0: both = (soft_targets(similarity_logits(slow_speech.embedding, image_keys, temperature), targets, alpha),
                               soft_targets(similarity_logits(slow_image.embedding, speech_keys, temperature), targets, alpha))
         sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
-        keys = Keys(slow_speech.embedding, slow_image.embedding, batch.ids)
-        if config.token_slots: keys = keys._replace(speech_tokens=slow_speech.tokens, speech_mask=slow_speech.mask, image_tokens=slow_image.tokens)
+        keys = Keys(slow_speech.embedding.detach(), slow_image.embedding.detach(), batch.ids)
+        if config.token_slots: keys = Keys(*keys[:3], slow_speech.tokens.detach(), slow_speech.mask, slow_image.tokens.detach())
         sim, sim_logits = sic.loss.new_zeros(()), sic.loss.new_zeros(0, 2)
         if step >= config.sim_start_step and config.sim_weight > 0:
             sim, sim_logits = self.match_loss(speech, image, sic, batch, step, generator)
@@ -216,12 +217,11 @@ class Alignment(nn.Module):
         else:                   # online tokens of the batch, with gradient
             old_speech, old_image, key_ids = speech, image.tokens, ids
             to_image, to_speech = sic.speech_to_image[:, :size], sic.image_to_speech[:, :size]         # (B, B)
-        draw = lambda logits: sample_negatives(logits.detach(), ids, generator, key_ids, count=config.negatives_per_anchor,
-                                               hard=config.negative_sampling == "hard").reshape(size, -1)
+        own, hard, count = torch.arange(size, device=ids.device), config.negative_sampling == "hard", config.negatives_per_anchor
+        draw = lambda logits: sample_negatives(logits.detach(), ids, generator, key_ids, count, hard).reshape(size, -1)
         wrong_image, wrong_speech = draw(to_image), draw(to_speech)                                # (B, count), -1 = none
         speech_anchor, wrong_image = (wrong_image >= 0).nonzero()[:, 0], wrong_image[wrong_image >= 0]
         image_anchor, wrong_speech = (wrong_speech >= 0).nonzero()[:, 0], wrong_speech[wrong_speech >= 0]
-        own = torch.arange(size, device=ids.device)
         heard = [(speech, own), (speech, speech_anchor), (old_speech, wrong_speech)]               # right pairs, wrong pictures, wrong recordings
         seen = [(image.tokens, own), (old_image, wrong_image), (image.tokens, image_anchor)]
         with self.autocast(batch):
@@ -234,13 +234,12 @@ class Alignment(nn.Module):
         if any(output.used for output in outputs): raise RuntimeError("Alignment.update: this output was applied before")
         update_momentum(self.teacher, self.model.encoders, self.config.momentum)
         for output in outputs:
-            self.queue.enqueue(*output.keys)
-            output.used = True
+            self.queue.enqueue(*output.keys); output.used = True
 
 
 def gather(parts):  # (tensor (N, T, ...), rows (n,)) each
     "The chosen rows of several tensors below each other, padded with zeros (False) to the longest T."
-    parts = [(tensor, rows) for tensor, rows in parts]
+    parts = list(parts)
     length, dtype = max(tensor.shape[1] for tensor, _ in parts), parts[0][0].dtype  # tokens of the queue: other lengths, half precision
     return torch.cat([F.pad(tensor.index_select(0, rows).to(dtype), (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]))
                       for tensor, rows in parts])                                                  # (sum of n, length, ...)

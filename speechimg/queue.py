@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['make_teacher', 'update_momentum', 'ring_slots', 'EmbeddingQueue', 'TokenMemory']
 
-# %% ../nbs/06_queue.ipynb #c6530443
+# %% ../nbs/06_queue.ipynb #b05c601b
 import copy
 import torch
 from torch import nn
 
-# %% ../nbs/06_queue.ipynb #0e9c74b4
+# %% ../nbs/06_queue.ipynb #9eee0a41
 def make_teacher(
     student: nn.Module,  # the network that is trained
 ) -> nn.Module:  # its slow copy: float32, in eval mode, without gradients
@@ -18,7 +18,7 @@ def make_teacher(
     # eval(): dropout in a teacher would only add noise to the keys. float(): see `update_momentum`.
     return copy.deepcopy(student).float().eval().requires_grad_(False)
 
-# %% ../nbs/06_queue.ipynb #4d102425
+# %% ../nbs/06_queue.ipynb #ef088eb2
 def _paired(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "Pair the tensors of both networks by name; anything that does not match is a ValueError."
     theirs = dict(getattr(student, f"named_{kind}")())
@@ -50,7 +50,7 @@ def update_momentum(
     for slow, fast in buffers:
         slow.copy_(fast)  # counters and running statistics are not averaged
 
-# %% ../nbs/06_queue.ipynb #7070bdce
+# %% ../nbs/06_queue.ipynb #4909c6ee
 def ring_slots(
     pointer: torch.Tensor,  # () the slot that is written next
     n: int,  # how many items arrive
@@ -60,7 +60,7 @@ def ring_slots(
     newest = torch.arange(max(0, n - size), n, device=pointer.device)
     return newest, (pointer + newest) % size
 
-# %% ../nbs/06_queue.ipynb #16c2c845
+# %% ../nbs/06_queue.ipynb #955dbf75
 class EmbeddingQueue(nn.Module):
     "A ring of the newest `size` pairs: embeddings, image ids and, for the newest `token_slots`, tokens (MoCo; ALBEF section 3)."
 
@@ -139,7 +139,7 @@ class EmbeddingQueue(nn.Module):
                 "image_tokens": self.memory.image[used], "ids": self.ids[entry],
                 "speech": self.speech[entry], "image": self.image[entry]}
 
-# %% ../nbs/06_queue.ipynb #978b5828
+# %% ../nbs/06_queue.ipynb #b8eadc2d
 class TokenMemory(nn.Module):
     "A ring of the newest pairs' tokens in float16: what the fine stage needs to judge negatives from the queue."
 

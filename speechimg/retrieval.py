@@ -7,7 +7,7 @@ __all__ = ['hit_probability', 'recall_at_k', 'rerank', 'judging', 'Embeddings', 
            'swap_trials', 'swap_accuracy', 'percent', 'evaluate', 'load_model', 'load_features', 'evaluate_corpus',
            'Hit', 'open_gallery', 'search']
 
-# %% ../nbs/12_retrieval.ipynb #0b58b4a0
+# %% ../nbs/12_retrieval.ipynb #c583ee0b
 import sys
 import time
 from contextlib import contextmanager
@@ -15,23 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
 from .core import Config, InputError, cache_dir, data_dir, default_device
-from .corpora import Corpus, find, load_corpus, picture_folder, splits
+from .corpora import Corpus, find, load_corpus, picture_folder
 from .data import SAMPLE_RATE, FeatureCache, Features, speech_mask
 from .model import SpeechImageModel
 
-# %% ../nbs/12_retrieval.ipynb #365fab10
-def hit_probability(above,     # (Q,) answers scored strictly above the best right one
-                    tied,      # (Q,) answers that share its score, itself included
-                    positive,  # (Q,) right answers among the tied
-                    k,         # how many answers one may look at
-                   ):
-    "(Q,) chance that the first k hold a right answer when ties are broken at random: 1 - C(t-p, r) / C(t, r)."
+# %% ../nbs/12_retrieval.ipynb #d5391a42
+def hit_probability(above, tied, positive, k):  # (Q,) answers above the best right one, sharing its score, right among these; first k count
+    "(Q,) chance of a right answer among the first k when ties are broken at random: 1 - C(t-p, r) / C(t, r) (method 1.8)."
     places = (k - above).clamp(min=0).minimum(tied).double()        # r: places among the first k left to the tied
     miss = torch.ones_like(places)
     for i in range(int(positive.max())):                            # C(t-p, r) / C(t, r) as a product over the p right ones
@@ -39,7 +34,7 @@ def hit_probability(above,     # (Q,) answers scored strictly above the best rig
         miss = torch.where(positive > i, miss * share, miss)
     return 1 - miss
 
-
+# %% ../nbs/12_retrieval.ipynb #ed890dcb
 def recall_at_k(scores,          # (n_speech, n_image) higher = better match
                 image_of,        # (n_speech,) column of each recording's own image
                 ks=(1, 5, 10),   # how many answers one may look at
@@ -51,17 +46,15 @@ def recall_at_k(scores,          # (n_speech, n_image) higher = better match
     if image_of.min() < 0 or image_of.max() >= scores.shape[1]: raise ValueError(f"recall_at_k: image_of must lie in 0..{scores.shape[1] - 1}")
     if not scores.is_floating_point(): scores = scores.double()
     if scores.isnan().any(): raise ValueError("recall_at_k: the scores hold NaN; a model that diverged has no ranking")
-    own = scores.gather(1, image_of[:, None])                                     # (n_speech, 1) score of the right picture
-    nothing = scores.new_full(scores.shape[1:], -torch.inf)
-    best = nothing.scatter_reduce(0, image_of, own.squeeze(1), "amax")            # (n_image,) best of each picture's recordings
-    right = torch.zeros_like(nothing, dtype=torch.long)
-    right = right.scatter_add(0, image_of, (own.squeeze(1) == best[image_of]).long())  # (n_image,) how many share that best score
-    asked = right > 0                                                             # a picture without recordings asks nothing
-    counts = {"speech_to_image": ((scores > own).sum(1), (scores == own).sum(1), torch.ones_like(image_of)),
-              "image_to_speech": ((scores > best).sum(0)[asked], (scores == best).sum(0)[asked], right[asked])}
+    own, n_image = scores.gather(1, image_of[:, None]).squeeze(1), scores.shape[1]                # (n_speech,) score of the right picture
+    best = scores.new_full((n_image,), -torch.inf).scatter_reduce(0, image_of, own, "amax")      # (n_image,) best of each picture's recordings
+    right = image_of.new_zeros(n_image).scatter_add(0, image_of, (own == best[image_of]).long())  # (n_image,) how many share that best score
+    above, tied, asked = (scores > best).sum(0), (scores == best).sum(0), right > 0              # a picture without recordings asks nothing
+    counts = {"speech_to_image": ((scores > own[:, None]).sum(1), (scores == own[:, None]).sum(1), torch.ones_like(image_of)),
+              "image_to_speech": (above[asked], tied[asked], right[asked])}
     return {direction: {k: 100 * hit_probability(*count, k).mean().item() for k in ks} for direction, count in counts.items()}
 
-# %% ../nbs/12_retrieval.ipynb #ee426eaa
+# %% ../nbs/12_retrieval.ipynb #609c50cc
 def rerank(coarse,         # (Q, N) coarse score of every query and candidate
            score_pairs,    # (query_idx (n,), candidate_idx (n,)) -> (n,) fine scores
            k,              # candidates that each query re-ranks; more than N means all, 0 none
@@ -78,15 +71,14 @@ def rerank(coarse,         # (Q, N) coarse score of every query and candidate
     pairs = zip(queries.split(chunk), rearrange(order[:, :k], "q k -> (q k)").split(chunk))
     fine = rearrange(torch.cat([score_pairs(*pair).to(coarse.device) for pair in pairs]), "(q k) -> q k", k=k)
     if mode == "sum": fine = fine + values[:, :k]
-    if not fine.isfinite().all():
-        row, place = (~fine.isfinite()).nonzero()[0].tolist()
+    for row, place in (~fine.isfinite()).nonzero().tolist():
         raise ValueError(f"rerank: the fine score of query {row} and candidate {order[row, place]} is {fine[row, place]}; scores must be finite")
     fine = fine.to(torch.promote_types(torch.promote_types(coarse.dtype, fine.dtype), torch.float32))
-    floor = fine.amin(1, keepdim=True)                                                           # (Q, 1) worst candidate
+    floor = fine.amin(1, keepdim=True); step = (floor.abs() / 1000).clamp(min=1)                 # (Q, 1) worst candidate; a step that counts
     level = 1 + (values[:, k:] != values[:, k - 1:-1]).cumsum(1)                                 # (Q, N-k) 1 + how many distinct values above
-    return torch.empty_like(coarse, dtype=fine.dtype).scatter_(1, order, torch.cat([fine, floor - floor.abs().clamp(min=1) * level], 1))
+    return torch.empty_like(coarse, dtype=fine.dtype).scatter_(1, order, torch.cat([fine, floor - level * step], 1))
 
-# %% ../nbs/12_retrieval.ipynb #7932e4b1
+# %% ../nbs/12_retrieval.ipynb #33e5d561
 @contextmanager
 def judging(model):  # any nn.Module
     "No gradient and no dropout for a while; yields the model's device and leaves the model in the mode it was in."
@@ -95,7 +87,7 @@ def judging(model):  # any nn.Module
         with torch.inference_mode(): yield next(model.eval().parameters()).device
     finally: model.train(training)
 
-
+# %% ../nbs/12_retrieval.ipynb #da4184f6
 class Embeddings(NamedTuple):
     "A corpus as the model sees it, float32 on the CPU: one vector each for the coarse stage, all tokens for the fine one."
     speech: torch.Tensor        # (n, d) unit length
@@ -104,7 +96,7 @@ class Embeddings(NamedTuple):
     image_tokens: torch.Tensor  # (m, 1+P, w)
     image_of: torch.Tensor      # (n,) column of each recording's own image
 
-
+# %% ../nbs/12_retrieval.ipynb #1c03a9d3
 def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, recordings or pictures per forward pass
     "Embeddings of all recordings and all pictures."
     frames, grids = ([torch.as_tensor(one) for one in side] for side in (features.speech, features.image))
@@ -122,12 +114,8 @@ def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, r
     image, image_tokens = (torch.cat(parts) for parts in zip(*images)) if images else (None, None)
     return Embeddings(speech, image, tokens, image_tokens, features.image_of)
 
-# %% ../nbs/12_retrieval.ipynb #3b8f1539
-def pair_scorer(model,                        # SpeechImageModel
-                embeddings,                   # Embeddings
-                direction="speech_to_image",  # or "image_to_speech": what the query is
-                batch_size=128,               # pairs per forward pass
-               ):
+# %% ../nbs/12_retrieval.ipynb #389e4ba9
+def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=128):  # or "image_to_speech"; pairs per forward pass
     "A function (query_idx (n,), candidate_idx (n,)) -> (n,) matching scores, the logit of class 1 (method 1.8)."
     lengths = torch.tensor([len(tokens) for tokens in embeddings.speech_tokens])
 
@@ -142,14 +130,14 @@ def pair_scorer(model,                        # SpeechImageModel
         return scores
     return score_pairs
 
-
+# %% ../nbs/12_retrieval.ipynb #ba65bba4
 def two_stages(model, embeddings, k=16, direction="speech_to_image"):  # as above; k candidates that each query re-ranks
     "Scores before and after re-ranking: twice (n_speech, n_image), or (n_image, n_speech) for image to speech."
     coarse = embeddings.speech @ embeddings.image.T                                              # (n, d) x (d, m), cosines
     if direction == "image_to_speech": coarse = coarse.T
     return coarse, rerank(coarse, pair_scorer(model, embeddings, direction), k, model.config.score_mode)
 
-# %% ../nbs/12_retrieval.ipynb #17a640a8
+# %% ../nbs/12_retrieval.ipynb #2cd0efdf
 def swap_trials(probe, corpus, features):  # list from corpora.load_probe, the split it is about, its data.Features
     "(trials, 3) int64: recording, right picture, other one; without what features had to skip. Raises InputError for an unknown name."
     place = {uttid: row for row, uttid in enumerate(features.uttids)}
@@ -159,7 +147,7 @@ def swap_trials(probe, corpus, features):  # list from corpora.load_probe, the s
         raise InputError(f"{corpus.root}/swap.json", f"names recordings or pictures that split {corpus.split} does not have", "evaluate the split it was made for")
     return torch.tensor([trial for trial in trials if -1 not in trial], dtype=torch.long).reshape(-1, 3)
 
-
+# %% ../nbs/12_retrieval.ipynb #44a9a845
 def swap_accuracy(model, embeddings, trials):  # SpeechImageModel, Embeddings, (trials, 3) from swap_trials
     "Percent of trials in which the right picture beats the other one, per stage; chance is 50, a draw counts half."
     speech, right, other = trials.T
@@ -167,12 +155,12 @@ def swap_accuracy(model, embeddings, trials):  # SpeechImageModel, Embeddings, (
     return {stage: round(50 + 50 * (score(speech, right) - score(speech, other)).sign().mean().item(), 3)
             for stage, score in (("coarse", cosine), ("fine", match))}
 
-# %% ../nbs/12_retrieval.ipynb #1a9eb80f
+# %% ../nbs/12_retrieval.ipynb #e4a452c2
 def percent(scores, image_of, direction="speech_to_image"):  # as in recall_at_k, or "image_to_speech"
     "Recall at 1, 5 and 10 with names that JSON can hold."
     return {str(k): round(value, 3) for k, value in recall_at_k(scores, image_of)[direction].items()}
 
-
+# %% ../nbs/12_retrieval.ipynb #ff3f650c
 def evaluate(model,       # SpeechImageModel
              features,    # data.Features of n recordings and m pictures
              rerank=16,   # candidates that each query re-ranks: pictures for a recording, recordings for a picture
@@ -189,7 +177,7 @@ def evaluate(model,       # SpeechImageModel
     swap = swap_accuracy(model, embeddings, probe) if probe is not None and len(probe) else None
     return result | {"swap": swap, "pairs": pairs + (2 * len(probe) if swap else 0), "seconds": round(time.perf_counter() - start, 2)}
 
-# %% ../nbs/12_retrieval.ipynb #e046a883
+# %% ../nbs/12_retrieval.ipynb #dd7eb176
 def load_model(name_or_path):  # "reference" or "small", which ship with the project, or a folder that train made
     "A SpeechImageModel on the default device, ready to judge. Raises InputError where there is none, or a damaged one."
     folder = Path(name_or_path)
@@ -199,34 +187,32 @@ def load_model(name_or_path):  # "reference" or "small", which ship with the pro
     Config.load(folder / "config.json")                                                          # its errors name file, key and remedy
     return SpeechImageModel.from_pretrained(str(folder)).to(default_device()).eval()
 
-
+# %% ../nbs/12_retrieval.ipynb #3d1eeee4
 def load_features(model, corpus, on_error="raise"):  # SpeechImageModel, corpora.Corpus, "raise" or "skip"
     "data.Features of a corpus for this model, computed once and cached; a progress bar where somebody is looking."
-    return Features(corpus, model.speech_tower.front_end, model.image_tower.front_end, FeatureCache(cache_dir()), model.config.max_seconds,
-                    on_error, progress=sys.stderr.isatty())
+    return Features(corpus, model.speech_tower.front_end, model.image_tower.front_end, FeatureCache(cache_dir()), model.config.max_seconds, on_error, sys.stderr.isatty())
 
-
-def evaluate_corpus(model,             # SpeechImageModel
-                    corpus="stamps",   # name or path; the gallery is every picture with a recording in this language
-                    split="all",       # which part of it
-                    language="en",     # None = all
-                    nouns=None,        # concepts to report on their own; None = those of the scenes
-                    rerank=16,         # candidates that each recording re-ranks
-                    on_error="raise",  # or "skip"
+# %% ../nbs/12_retrieval.ipynb #7ac657da
+def evaluate_corpus(model,            # SpeechImageModel
+                    corpus="stamps",  # name or path; the gallery is every picture with a recording in this language
+                    split="all",      # which part of it
+                    language="en",    # None = all
+                    nouns=None,       # concepts to report on their own; None = those of the scenes
+                    rerank=16,        # candidates that each recording re-ranks
                    ):
     "Zero-shot, speech to image: {'pictures', 'all', 'nouns'}; the last two {'queries', 'coarse', 'fine'}, or None without queries."
-    found = load_corpus(corpus, split, on_error)
+    found = load_corpus(corpus, split)
     found = found.subset([row for row, caption in enumerate(found.captions) if language in (None, caption.language)])
     if not found.captions: raise InputError(found.root, f"has no recording in language {language!r} in split {split}", "choose another language")
-    features = load_features(model, found, on_error)
+    features = load_features(model, found)
     stages = two_stages(model, embed(model, features), rerank)
-    known = set(nouns or [noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts])
+    known = set(nouns if nouns is not None else (noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts))
     meant = torch.tensor([not known.isdisjoint(found.pictures[found.captions[row].image].concepts) for row in features.captions])
     report = lambda rows: {"queries": int(rows.sum())} | {
         stage: percent(scores[rows], features.image_of[rows]) for stage, scores in zip(("coarse", "fine"), stages)} if rows.any() else None
     return {"pictures": len(features.image), "all": report(torch.ones_like(meant)), "nouns": report(meant)}
 
-# %% ../nbs/12_retrieval.ipynb #0008bc4b
+# %% ../nbs/12_retrieval.ipynb #1d186281
 class Hit(NamedTuple):
     "One picture found."
     picture: int        # place in the gallery's corpus.pictures
@@ -236,18 +222,16 @@ class Hit(NamedTuple):
     before: int         # coarse rank, 1 = best
     rank: int           # final rank
 
-
+# %% ../nbs/12_retrieval.ipynb #73a85332
 def open_gallery(model, pictures):  # SpeechImageModel; "stamps", "scenes", another corpus, or any folder of pictures
     "(Corpus of all readable pictures, their Embeddings); .skipped of the corpus names the others. Raises InputError if none is left."
-    known = splits(find(pictures))
-    split = next((split for split in ("all", "test", "val", "train") if split in known), None)
+    known = find(pictures).names(deep=False)
+    split = next((split for split in ("all", "test", "val", "train") if f"{split}.json" in known), None)
     corpus = load_corpus(pictures, split, "skip") if split else picture_folder(pictures)
     features = load_features(model, Corpus(corpus.name, corpus.split, corpus.pictures, [], corpus.store, corpus.skipped), "skip")
-    if not features.image: raise InputError(corpus.root, "holds no picture that can be read", "give a folder with .png, .jpg or .webp files")
-    kept = [corpus.pictures[place] for place in features.pictures]
-    return Corpus(corpus.name, corpus.split, kept, [], corpus.store, features.skipped), embed(model, features)
+    return Corpus(corpus.name, corpus.split, [corpus.pictures[place] for place in features.pictures], [], corpus.store, features.skipped), embed(model, features)
 
-
+# %% ../nbs/12_retrieval.ipynb #82476cff
 def search(model,      # SpeechImageModel
            wave,       # (n,) a recording, 16 kHz
            pictures,   # what open_gallery returned, or what it takes
@@ -259,7 +243,7 @@ def search(model,      # SpeechImageModel
     frames = model.speech_tower.front_end(wave[:int(model.config.max_seconds * SAMPLE_RATE)])
     heard = embed(model, SimpleNamespace(speech=[frames], image=[], image_of=None))
     coarse, fine = (scores[0] for scores in two_stages(model, heard._replace(image=images.image, image_tokens=images.image_tokens), rerank))
-    before, best = (scores.argsort(descending=True, stable=True).tolist() for scores in (coarse, fine))
-    before = {place: rank for rank, place in enumerate(before, 1)}
-    return [Hit(place, corpus.pictures[place].path, coarse[place].item(), fine[place].item() if before[place] <= rerank else None, before[place], rank)
-            for rank, place in enumerate(best[:top], 1)]
+    order, best = (scores.argsort(descending=True, stable=True) for scores in (coarse, fine))
+    before = order.argsort()                                                                     # (m,) place -> coarse rank, from 0
+    return [Hit(place, corpus.pictures[place].path, coarse[place].item(), fine[place].item() if before[place] < rerank else None,
+                before[place].item() + 1, rank) for rank, place in enumerate(best[:top].tolist(), 1)]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['id_targets', 'similarity_logits', 'SicOutput', 'sic_loss', 'clamp_temperature']
 
-# %% ../nbs/07_sic.ipynb #acf9771b
+# %% ../nbs/07_sic.ipynb #8852eb22
 from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-# %% ../nbs/07_sic.ipynb #99bc14d0
+# %% ../nbs/07_sic.ipynb #8459c679
 def id_targets(
     ids: torch.Tensor,  # (B,) image id of each query, >= 0
     key_ids: torch.Tensor,  # (N,) image id of each key, -1 = empty slot
@@ -25,7 +25,7 @@ def id_targets(
         raise ValueError(f"id_targets: no key has the id {int(ids[row])} of row {row}; put each query's own pair among the keys")
     return same.float() / count
 
-# %% ../nbs/07_sic.ipynb #52ea15b5
+# %% ../nbs/07_sic.ipynb #60fc8952
 def similarity_logits(
     queries: torch.Tensor,  # (B, d) unit length, any precision
     keys: torch.Tensor,  # (N, d) unit length
@@ -39,7 +39,7 @@ def similarity_logits(
     with torch.autocast(queries.device.type, enabled=False):
         return queries.float() @ keys.float().T / temperature  # (B, d) x (d, N) -> (B, N)
 
-# %% ../nbs/07_sic.ipynb #09d7ced4
+# %% ../nbs/07_sic.ipynb #090216a1
 class SicOutput(NamedTuple):
     "What `sic_loss` returns."
     loss: torch.Tensor  # () float32
@@ -65,7 +65,7 @@ def sic_loss(
         losses.append(-(target.detach().float() * F.log_softmax(scores, dim=1)).sum(dim=1).mean())  # sum over keys, mean over the batch
     return SicOutput((losses[0] + losses[1]) / 2, *logits)
 
-# %% ../nbs/07_sic.ipynb #97fa5a17
+# %% ../nbs/07_sic.ipynb #d72c3cab
 @torch.no_grad()
 def clamp_temperature(
     temperature: torch.Tensor,  # the learnable tau, changed in place

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MultimodalEncoder', 'sim_loss']
 
-# %% ../nbs/09_sim.ipynb #909ab5c8
+# %% ../nbs/09_sim.ipynb #6dd0b08c
 import torch
 from torch import nn
 from torch.nn import functional as F
 from .core import Block
 
-# %% ../nbs/09_sim.ipynb #fd9a3cbf
+# %% ../nbs/09_sim.ipynb #a262af84
 class MultimodalEncoder(nn.Module):
     "Speech tokens that look at image tokens, layer after layer; [CLS] gives the verdict (ALBEF section 3, ITM)."
 
@@ -54,7 +54,7 @@ class MultimodalEncoder(nn.Module):
                 hook.remove()
         return torch.stack(maps, dim=1)  # depth times (n, H, T, P) -> (n, depth, H, T, P)
 
-# %% ../nbs/09_sim.ipynb #4f828378
+# %% ../nbs/09_sim.ipynb #2a60bba2
 def sim_loss(
     positive: torch.Tensor,  # (n, 2) logits of true pairs
     negative_image: torch.Tensor,  # (n', 2) logits of recordings with a wrong picture

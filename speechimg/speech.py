@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mel_power', 'LogMel', 'frame_mask', 'MaskedBatchNorm', 'ConvBlock', 'position_codes', 'SpeechTower']
 
-# %% ../nbs/03_speech.ipynb #304be675
+# %% ../nbs/03_speech.ipynb #c1e021e5
 from functools import cache
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 
 from .core import Block, Encoded, clean
 
-# %% ../nbs/03_speech.ipynb #9c21fd6d
+# %% ../nbs/03_speech.ipynb #4fce2835
 @cache
 def mel_power():
     "The wave -> mel power transform, made once: windows of 25 ms every 10 ms, 64 bands from 0 to 8 kHz."
@@ -45,15 +45,15 @@ class LogMel:
         power = mel_power()(wave if len(wave) else wave.new_zeros(1)).T                    # (T, 64)
         logs = power.clamp(min=max(self.dynamic_range * power.max().item(), 1e-12)).log()
         logs = logs - logs.mean(0)                                                         # the microphone's colour goes
-        return (logs / (logs.square().mean().sqrt() + 1e-3)).numpy().astype(np.float16)   # 1e-3: silence / 0 would be NaN
+        return (logs / (logs.square().mean().sqrt() + 1e-2)).numpy().astype(np.float16)    # 1e-2: silence / 0 would be NaN
 
-# %% ../nbs/03_speech.ipynb #671aa627
+# %% ../nbs/03_speech.ipynb #ed54e69b
 def frame_mask(lengths,  # (B,) valid frames; None: all of them
                x,        # (B, T, ...) the padded batch
               ):
     "(B, T) bool, True = valid."
-    positions = torch.arange(x.shape[1], device=x.device)
-    return positions.expand(len(x), -1) < (x.shape[1] if lengths is None else lengths.to(x.device)[:, None])
+    positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    return positions < (x.shape[1] if lengths is None else lengths.to(x.device)[:, None])
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -70,7 +70,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         else: rows = super().forward(rows)
         return rows.new_zeros(x.shape).masked_scatter(rearrange(mask, "b t -> b t 1"), rows)
 
-
+# %% ../nbs/03_speech.ipynb #af1d7329
 class ConvBlock(nn.Module):
     "Convolution over time at half the rate, then one at the same rate with a short cut; padding never enters."
 
@@ -87,15 +87,14 @@ class ConvBlock(nn.Module):
                 mask,  # (B, T) bool
                ):
         "(B, ceil(T/2), outlet), zero at padding, and its mask."
-        mask = mask[:, ::2]                                         # output frame j is centred on input frame 2j
-        x = self.convolve(self.down, x)                             # (B, ceil(T/2), outlet)
-        x = F.gelu(self.norm_down(x, mask))
-        return x + F.gelu(self.norm_same(self.convolve(self.same, x), mask)), mask
+        mask = mask[:, ::2]                                                                # output j is centred on input 2j
+        x = F.gelu(self.norm_down(self.over_time(self.down, x), mask))                     # (B, ceil(T/2), outlet); gelu(0) = 0
+        return x + F.gelu(self.norm_same(self.over_time(self.same, x), mask)), mask
 
-    def convolve(self, convolution, x):  # torch wants channels before time
+    def over_time(self, convolution, x):  # torch wants channels before time
         return rearrange(convolution(rearrange(x, "b t c -> b c t")), "b c t -> b t c")
 
-# %% ../nbs/03_speech.ipynb #72c508ff
+# %% ../nbs/03_speech.ipynb #78eb865a
 def position_codes(length,  # T frames
                    width,   # size of a token
                   ):
@@ -104,7 +103,7 @@ def position_codes(length,  # T frames
     angles = torch.arange(length)[:, None] * waves                                         # (T, w/2)
     return F.pad(2 ** .5 * torch.cat([angles.sin(), angles.cos()], -1), (0, width % 2))    # (T, w)
 
-
+# %% ../nbs/03_speech.ipynb #1fcc539f
 class SpeechTower(nn.Module):
     "Log-mel frames to tokens, from scratch: three ConvBlocks (a token every 80 ms), position codes, [CLS], attention blocks."
 

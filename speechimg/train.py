@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'learning_rate', 'make_optimizer', 'generator_for', 'batch
            'save_checkpoint', 'latest_checkpoint', 'restore', 'open_log', 'validation_row', 'draw_curves', 'some_of',
            'sibling_trials', 'prepare', 'train']
 
-# %% ../nbs/13_train.ipynb #7c868f72
+# %% ../nbs/13_train.ipynb #14fe1495
 import math
 import os
 import shutil
@@ -25,7 +25,7 @@ from .data import augment, collate, epoch_batches, sha256
 from .model import Alignment, SpeechImageModel, build_towers, encode
 from .retrieval import evaluate, load_features
 
-# %% ../nbs/13_train.ipynb #46808963
+# %% ../nbs/13_train.ipynb #8027b51c
 def learning_rate(config, step):  # Config, optimiser steps done so far
     "Linear warm-up, then half a cosine down to final_learning_rate. A function of the step alone, so there is nothing to save."
     if step < config.warmup_steps: return config.learning_rate * (step + 1) / config.warmup_steps
@@ -40,7 +40,7 @@ def make_optimizer(model, config):  # SpeechImageModel on its device, Config: le
     return torch.optim.AdamW([{"params": groups[True], "weight_decay": config.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
                              lr=config.learning_rate, fused=True)          # fused: one pass over all weights
 
-# %% ../nbs/13_train.ipynb #3a44e638
+# %% ../nbs/13_train.ipynb #58779973
 def generator_for(*numbers):  # non-negative integers: seed, purpose, step
     "A torch.Generator that depends on these numbers and on nothing that happened before."
     return torch.Generator().manual_seed(int(sha256(str(numbers))[:15], 16))
@@ -53,29 +53,28 @@ def batches(config, features, start=0):  # Config, data.Features, first step wan
         end = singles if step < singles else config.steps                  # at first only captions of a single object, if so wished
         kept = (features.levels == 1).nonzero()[:, 0] if step < singles else torch.arange(len(features))
         part = SimpleNamespace(ids=features.ids[kept], groups=features.groups[kept], lengths=features.lengths[kept.numpy()])
-        order = epoch_batches(part, config.batch_size, generator_for(config.seed, 0, epoch), config.captions_per_image, config.siblings)
+        siblings = config.siblings if step >= config.siblings_start_step else 0.  # what things are called first, how they are arranged later
+        order = epoch_batches(part, config.batch_size, generator_for(config.seed, 0, epoch), config.captions_per_image, siblings)
         for rows in order[:end - step]:
             if step >= start: yield step, epoch, kept[rows].tolist()
             step += 1
         epoch += 1
 
-# %% ../nbs/13_train.ipynb #6a300342
+# %% ../nbs/13_train.ipynb #63f3bfce
 def train_step(alignment, optimizer, batch, step, generator):  # as train makes them; steps done so far; source of negatives and dropout
     "One optimiser step -> (StepOutput, gradient norm). Raises FloatingPointError, with nothing changed, for a number that is not finite."
     config = alignment.config
     for group in optimizer.param_groups: group["lr"] = learning_rate(config, step)
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global source
     output = alignment(batch, step, generator)
-    optimizer.zero_grad()
-    output.loss.backward()
+    optimizer.zero_grad(); output.loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(alignment.model.parameters(), config.clip_norm or math.inf)
     if not (output.loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(f"the loss is {output.sic.item():.4g} (contrastive) + {output.sim.item():.4g} (matching), its gradient {norm.item():.4g}")
-    optimizer.step()
-    alignment.update(output)
+    optimizer.step(); alignment.update(output)
     return output, norm.item()
 
-# %% ../nbs/13_train.ipynb #336cff8a
+# %% ../nbs/13_train.ipynb #33e0bcda
 def checkpoints(out):  # the folder of a run
     "Its checkpoint folders, oldest first."
     return sorted((path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
@@ -85,8 +84,6 @@ def save_checkpoint(out, alignment, optimizer, state):  # folder of the run, stu
     "Write checkpoint-<step>, complete or not at all, then keep the newest two."
     folder, files = Path(out) / f"checkpoint-{state['step']}", {}
     temporary, names = folder.with_name(f".{folder.name}.tmp"), {p: name for name, p in alignment.model.named_parameters()}
-    shutil.rmtree(temporary, ignore_errors=True)                           # left behind by a run that was killed right here
-    temporary.mkdir(parents=True)
     parts = {"model": {}, "alignment": {}, "optimizer": {f"{kind}/{names[p]}": one for p, kinds in optimizer.state.items() for kind, one in kinds.items()}}
     for name, one in alignment.state_dict().items(): parts["model" if name.startswith("model.") else "alignment"][name] = one
     parts["optimizer"] |= {"random/cpu": torch.get_rng_state()} | {f"random/{i}": one for i, one in enumerate(torch.cuda.get_rng_state_all())}
@@ -99,7 +96,7 @@ def save_checkpoint(out, alignment, optimizer, state):  # folder of the run, stu
     os.rename(temporary, folder)                                           # the one moment at which the checkpoint begins to exist
     for old in checkpoints(out)[:-2]: shutil.rmtree(old)
 
-# %% ../nbs/13_train.ipynb #14b15ace
+# %% ../nbs/13_train.ipynb #ec9b6295
 def latest_checkpoint(out):  # the folder of a run
     "(state, tensors by name) of the newest complete checkpoint, or None; one that is damaged is passed over with a warning."
     for folder in reversed(checkpoints(out)):
@@ -122,7 +119,7 @@ def restore(tensors, alignment, optimizer):  # by name, from a checkpoint; the o
         elif name == "cpu": torch.set_rng_state(one)
         elif int(name) < torch.cuda.device_count(): torch.cuda.set_rng_state(one, int(name))
 
-# %% ../nbs/13_train.ipynb #109b23b0
+# %% ../nbs/13_train.ipynb #53fbfc06
 COLUMNS = ("step epoch seconds learning_rate temperature alpha loss sic sim gradient_norm coarse_accuracy sim_accuracy "
            "coarse_r1 coarse_r5 coarse_r10 coarse_back_r1 coarse_back_r5 coarse_back_r10 "
            "fine_r1 fine_r5 fine_r10 fine_back_r1 fine_back_r5 fine_back_r10 swap_coarse swap_fine").split()
@@ -138,15 +135,13 @@ def open_log(path, step):  # log.csv, steps done by the checkpoint one goes on f
 
 def validation_row(metrics):  # from retrieval.evaluate
     "What of a validation goes into the log, in percent; without _back: speech to image."
-    row = {f"{stage}{back}_r{k}": value for stage in ("coarse", "fine") for back, way in (("", "speech_to_image"), ("_back", "image_to_speech"))
-           for k, value in metrics[stage][way].items()}
-    return row | {f"swap_{stage}": value for stage, value in (metrics["swap"] or {}).items()}
+    return {f"{stage}{back}_r{k}": value for stage in ("coarse", "fine") for back, way in (("", "speech_to_image"), ("_back", "image_to_speech"))
+            for k, value in metrics[stage][way].items()} | {f"swap_{stage}": value for stage, value in (metrics["swap"] or {}).items()}
 
 
 def draw_curves(log, path):  # log.csv to read, picture to write
     "Losses, recall and binding over the steps."
-    import pandas as pd
-    import seaborn as sns
+    import pandas as pd, seaborn as sns
     from matplotlib.figure import Figure                                   # not pyplot: needs no screen, leaves no window behind
     set_theme()
     rows, figure = pd.read_csv(log, index_col="step"), Figure(figsize=(13, 3.4), layout="constrained")
@@ -158,7 +153,7 @@ def draw_curves(log, path):  # log.csv to read, picture to write
         axis.set(xlabel="step", ylabel=label)
     with atomic_write(path) as file: figure.savefig(file, format="png", dpi=80)
 
-# %% ../nbs/13_train.ipynb #b6c0776f
+# %% ../nbs/13_train.ipynb #9483f41e
 def some_of(corpus, limit, seed):  # corpora.Corpus, captions at most (None = all), which ones
     "A part of a corpus, drawn by whole families of sibling scenes, so that siblings stay together."
     if limit is None or limit >= len(corpus.captions): return corpus
@@ -177,18 +172,20 @@ def sibling_trials(features, most=200):  # data.Features, trials at most
     sibling = (groups[rows, None] == groups) & (images[rows, None] != images)  # (n, captions)
     return torch.stack([rows, images[rows], images[sibling.int().argmax(1)]], 1)[sibling.any(1)]
 
-# %% ../nbs/13_train.ipynb #0000f3c4
+# %% ../nbs/13_train.ipynb #fc66cec3
 def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in train
     "(features by split, fingerprint of the data, Alignment, optimizer, steps done, seconds spent): fresh, or as a checkpoint has them."
     if not resume and (checkpoints(out) or (out / "metrics.json").exists()):
         raise InputError(out, "already holds a run", "go on with it by --resume, or choose another folder")
+    parts = {split: some_of(load_corpus(corpus, split, on_error), limit, config.seed) for split in ("train", "val")
+             if split == "train" or split in splits(find(corpus))}         # validation is optional
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write") from None
+    for stale in out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()  # a run was killed while it wrote
     seed_everything(config.seed)
-    store, model = find(corpus), SpeechImageModel(config, *towers(config))
-    known = [split for split in ("train", "val") if split == "train" or split in splits(store)]  # validation is optional
-    features = {split: load_features(model, some_of(load_corpus(corpus, split, on_error), limit, config.seed), on_error) for split in known}
-    data = {f"{split}.json": sha256(store.read(f"{split}.json")) for split in known} | {"recordings": sha256("\n".join(features["train"].uttids))}
+    model = SpeechImageModel(config, *towers(config))
+    features = {split: load_features(model, part, on_error) for split, part in parts.items()}
+    data = {f"{split}.json": sha256(part.read(f"{split}.json")) for split, part in parts.items()} | {"recordings": sha256("\n".join(features["train"].uttids))}
     if config.queue_size > len(features["train"]):
         warnings.warn(f"queue_size {config.queue_size} is more than the {len(features['train'])} recordings: its oldest entries are stale copies")
     lengths = (0, 0)
@@ -198,14 +195,13 @@ def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in trai
     alignment = Alignment(model, *lengths).to(default_device()).train()
     optimizer, checkpoint = make_optimizer(model, config), latest_checkpoint(out) if resume else None
     if checkpoint is None: return features, data, alignment, optimizer, 0, 0.
-    for what, here in (("config", config.to_dict()), ("data", data)):
-        there = checkpoint[0][what]
-        differs = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key)]
-        if differs: raise InputError(out, f"was trained with other {what}: {', '.join(differs)}", f"resume with the same {what}, or choose another folder")
+    here, there = config.to_dict() | data, checkpoint[0]["config"] | checkpoint[0]["data"]
+    differs = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differs: raise InputError(out, f"holds a run with {', '.join(differs)}", "resume with the same config and corpus, or choose another folder")
     restore(checkpoint[1], alignment, optimizer)
     return features, data, alignment, optimizer, checkpoint[0]["step"], checkpoint[0]["seconds"]
 
-# %% ../nbs/13_train.ipynb #d3f7eb99
+# %% ../nbs/13_train.ipynb #9e9c968d
 def train(config,               # Config
           corpus="scenes",      # name, folder or .zip with train.json and, for validation, val.json
           out="runs/train",     # folder for checkpoints, log.csv, curves.png and the model
@@ -234,9 +230,8 @@ def train(config,               # Config
                    "temperature": model.temperature.item(), "loss": output.loss.item()}
             row |= {name: float(getattr(output, name)) for name in ("sic", "sim", "alpha", "coarse_accuracy", "sim_accuracy")}
             if "val" in features and (done % config.evaluate_every == 0 or done == config.steps):
-                metrics = evaluate(model, features["val"], probe=probe)
-                row |= validation_row(metrics)
-            log.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in COLUMNS) + "\n")
+                row |= validation_row(metrics := evaluate(model, features["val"], probe=probe))
+            log.write(",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n")
             if done % config.checkpoint_every == 0 or done == config.steps:
                 save_checkpoint(out, alignment, optimizer, {"step": done, "config": config.to_dict(), "data": data, "seconds": elapsed()})
             bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
@@ -246,8 +241,7 @@ def train(config,               # Config
     if skipped:
         with atomic_write(out / "skipped.txt", "w") as file: print(*skipped, sep="\n", file=file)
         print(f"left out {len(skipped)} files or entries, listed in {out / 'skipped.txt'}")
-    model.save_pretrained(out)
-    draw_curves(out / "log.csv", out / "curves.png")
+    model.save_pretrained(out); draw_curves(out / "log.csv", out / "curves.png")
     write_json(out / "metrics.json", {
         "command": f"speechimg train --corpus {corpus} --out {out.name} --config config.json" + (f" --limit {limit}" if limit else ""),
         "seed": config.seed, "config": config.to_dict(), "data": data, "seconds": elapsed(), "steps": done, "skipped": len(skipped),

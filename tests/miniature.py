@@ -85,7 +85,7 @@ def make_files(n_images=12, captions=2, splits=("train", "val", "test"), seed=0)
                 files[f"wavs/{uttid}.wav"] = wav_bytes(speak(nouns, voice, (seed, number, voice, *split.encode())))
                 spoken.append({"text": " ".join(("a " + " left of a ".join(nouns)).split()), "speaker": f"voice{voice}",
                                "uttid": uttid, "wav": f"wavs/{uttid}.wav", "language": "en"})
-            entry = {"image": image, "captions": spoken, "concepts": list(nouns), "scene": {"objects": list(nouns), "relation": "left" if len(nouns) > 1 else "single"}}
+            entry = {"image": image, "captions": spoken, "concepts": list(nouns), "scene": {"kind": "pair" if len(nouns) > 1 else "single", "nouns": list(nouns), "relation": "left" if len(nouns) > 1 else "centre"}}
             data.append(entry | ({"group": group} if group >= 0 else {}))
         for one, other in zip(data, data[1:]):
             if "group" in one and one["group"] == other.get("group"):

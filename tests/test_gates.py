@@ -229,11 +229,11 @@ def registry(folder):
 
 
 def dead_link(folder):
-    (folder / "notes.md").write_text("[a page](nowhere.html)\n")
+    (folder / "README.md").write_text("[a page](nowhere.html)\n")
 
 
 def dead_document(folder):
-    (folder / "notes.py").write_text('"As meth' + 'od.md says."\n')
+    (folder / "notes.py").write_text("# see method." + "md\n")
 
 
 def large_model(folder):

@@ -118,8 +118,7 @@ def test_counts_equal_the_report(archive, manifests, report):
 
 
 def test_counts_equal_the_readme(manifests, report):
-    pages = [page.read_text("utf-8") for page in sorted(DATA.glob("README*.md"))]
-    page = next(page for page in pages if "tuxpaint-stamps-default" in page)
+    page = "\n".join(page.read_text("utf-8") for page in sorted(DATA.glob("README*.md")))
     for code, seconds in report["seconds"].items():
         row = [languages(manifests[split])[code] for split in ("all", *SPLITS)]
         assert f"| {code} | {' | '.join(map(str, row))} | {seconds / 60:.1f} |" in page, code

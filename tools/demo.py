@@ -84,7 +84,7 @@ def evaluate_people(model) -> None:
 
 
 def human_queries(stamps, count: int = 3) -> list[int]:
-    "English recordings of things that the model was taught, drawn by a fixed lot: the same three that the README shows."
+    "English recordings of things that the model was taught, drawn by a fixed lot, so that nobody picks the nice ones; the README shows the same."
     import torch
     from speechimg.corpora import load_corpus
 

@@ -351,13 +351,19 @@ def readable(path: Path) -> str | None:
     return re.sub(r"base64,[A-Za-z0-9+/=\s]+", "base64,", text)
 
 
+def prose(path: Path, text: str) -> str:
+    "What of a file is markdown, without code and formulas in it."
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(source(cell) for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "markdown")
+    return re.sub(r"(?s)```.*?```|\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]*`", "", text) if path.suffix in (".md", ".ipynb") else ""
+
+
 def broken_links(text: str, path: Path, names: set[str]) -> list[str]:
     "Links to files that are not there, and documents that are spoken of and are not in the tree."
     found = [f"speaks of {name}, which is not here" for name in sorted(set(re.findall(r"\b[\w-]+\.md\b", text)) - names)]
-    if path.suffix in (".md", ".ipynb"):
-        for target in re.findall(r"\]\((?!https?:|mailto:|data:|attachment:|#)([^)\s#]+)", re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text)):
-            if not (path.parent / target).exists():
-                found.append(f"links to {target}, which is not here")
+    for target in re.findall(r"\]\((?!https?:|mailto:|data:|attachment:|#)([^)\s#]+)", prose(path, text)):
+        if not (path.parent / target).exists():
+            found.append(f"links to {target}, which is not here")
     return found
 
 
@@ -365,8 +371,8 @@ def gate_tree(root: Path) -> Report:
     "No path of one machine, no unfinished note, no dead link, nothing too large."
     files, findings = tree(root), []
     names = {path.name for path in files}
-    places = [re.escape(str(place)) for place in {root.resolve(), Path.home().resolve()} if len(str(place)) > 4]
-    patterns = {**UNWANTED, "a path of this machine": "|".join(rf"(?<![\w.~-]){place}(?![\w-])" for place in places)}
+    places = rf"(?<![\w.~-])(?:{re.escape(str(root.resolve()))}(?![\w-])|{re.escape(str(Path.home()))}/)"
+    patterns = {**UNWANTED, "a path of this machine": places}
     size = {path: path.stat().st_size for path in files}
     for path in files:
         name = path.relative_to(root).as_posix()

@@ -1,8 +1,8 @@
 """Make `.venv` if it is missing, and install the project into it if that is out of date.
 
-    python3 tools/venv.py              # the library
-    python3 tools/venv.py dev          # and what the tests need
-    python3 tools/venv.py dev corpora  # several extras
+    python3 tools/install.py              # the library
+    python3 tools/install.py dev          # and what the tests need
+    python3 tools/install.py dev corpora  # several extras
 
 A stamp inside `.venv` remembers what was installed, so that a second call costs nothing. This file is the one that must
 run under any Python 3, to be able to say that a Python is too old: nothing newer than 3.4 in it, and no f-strings.

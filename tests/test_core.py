@@ -1,0 +1,353 @@
+"core: errors in one line, files whole or not at all, settings that cannot be misspelt, padding without influence."
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from speechimg import core
+from speechimg.core import Attention, Block, Config, InputError, atomic_write
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def complaint(make, *arguments, **options):
+    "The message of the InputError that this raises: one line, with a place, a problem and a remedy."
+    with pytest.raises(InputError) as caught:
+        make(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text and caught.value.where and caught.value.problem and caught.value.remedy
+    return text
+
+
+# Errors
+
+
+@given(st.text(), st.text(), st.text())
+def test_an_error_is_one_line_and_survives_pickling(where, problem, remedy):
+    error = InputError(where, problem, remedy)
+    assert len(str(error).splitlines()) == 1
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# Files
+
+
+@pytest.mark.parametrize("mode", ["w", "wb"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, mode):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_write(path, mode) as file:
+            file.write("new" if mode == "w" else b"new")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from speechimg.core import atomic_write
+with atomic_write({path!r}) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_bytes(b"old")
+    process = subprocess.Popen([sys.executable, "-c", KILLED.format(root=ROOT, path=str(path))], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_atomic_write_makes_folders_and_keeps_text_utf8(tmp_path):
+    core.write_json(tmp_path / "a" / "b.json", {"name": "été"})
+    assert core.read_json(tmp_path / "a" / "b.json") == {"name": "été"}
+
+
+def test_json_without_nan(tmp_path):
+    core.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError):
+        core.write_json(tmp_path / "a.json", float("nan"))
+    assert core.read_json(tmp_path / "a.json") == 1
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_json_or_an_input_error(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_bytes(content)
+    try:
+        expected = json.loads(content.decode("utf-8"))
+    except ValueError:
+        assert "a.json" in complaint(core.read_json, path)
+    else:
+        assert repr(core.read_json(path)) == repr(expected)
+
+
+def test_missing_json_names_the_file(tmp_path):
+    assert "none.json" in complaint(core.read_json, tmp_path / "none.json")
+    assert "cannot be read" in complaint(core.read_json, tmp_path)
+
+
+# Settings
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = Config(width=12, heads=3, alpha=1, negatives="queue", token_slots=7, augment=False)
+    config.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == config
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"widht": 3}, ["widht", "did you mean width?"]),
+        ({"zzz": 3}, ["zzz", "temperature"]),
+        ({"steps": "3"}, ["steps", "'3'", "whole number"]),
+        ({"steps": 3.0}, ["steps", "whole number"]),
+        ({"steps": True}, ["steps", "whole number"]),
+        ({"steps": None}, ["steps", "None"]),
+        ({"augment": 1}, ["augment", "true or false"]),
+        ({"towers": ["light"]}, ["towers", "text"]),
+        ({"towers": "larger"}, ["towers", "larger", "light, small"]),
+        ({"steps": 0}, ["steps", "at least 1"]),
+        ({"alpha": 1.01}, ["alpha", "at most 1"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
+        ({"width": 10, "heads": 3}, ["heads", "10"]),
+        ({"temperature": 0.9}, ["temperature", "0.9"]),
+        ({"token_slots": 2000}, ["token_slots", "1024"]),
+        ({"negatives": "queue"}, ["negatives", "token_slots"]),
+        ([1], ["list"]),
+        (None, ["NoneType"]),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, values, words):
+    text = complaint(Config.from_dict, values)
+    assert all(word in text for word in words), text
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert "run.json" in complaint(Config.load, tmp_path / "run.json")
+
+
+def test_settings_of_a_file_only_override():
+    assert Config.from_dict({"steps": 5}) == Config(steps=5)
+    assert isinstance(Config(temperature_max=1).temperature_max, float)
+
+
+# Seeds and folders
+
+
+def test_generators_do_not_notice_other_draws():
+    first = torch.rand(3, generator=core.seed_everything(3))
+    generator = core.seed_everything(3)
+    torch.rand(5)
+    assert torch.equal(torch.rand(3, generator=generator), first)
+
+
+def test_folders_can_be_moved(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEECHIMG_DATA", str(tmp_path))
+    monkeypatch.setenv("SPEECHIMG_CACHE", str(tmp_path / "a" / "cache"))
+    assert core.data_dir() == tmp_path
+    assert core.cache_dir() == tmp_path / "a" / "cache" and core.cache_dir().is_dir()
+    monkeypatch.setenv("SPEECHIMG_DATA", str(tmp_path / "nowhere"))
+    assert "nowhere" in complaint(core.data_dir)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPEECHIMG_CACHE", str(tmp_path / "file" / "cache"))
+    assert "SPEECHIMG_CACHE" in complaint(core.cache_dir)
+
+
+def test_the_clone_has_its_data_without_being_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPEECHIMG_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert str(core.data_dir()) == os.path.join(ROOT, "data")
+
+
+HEAVY = ("seaborn", "matplotlib", "pandas", "soundfile", "soxr", "PIL", "torchaudio", "onnxruntime", "tqdm", "IPython", "fastcore")
+
+
+@pytest.mark.parametrize("name", ["core", "data", "corpora"])
+def test_importing_is_light(name):
+    code = f"import sys; sys.path.insert(0, {ROOT!r})\nimport numpy, torch, einops\nbefore = set(sys.modules)\nimport speechimg.{name}\n"
+    code += f"print(sorted(set({HEAVY!r}) & (set(sys.modules) - before)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# Attention
+
+
+def attend_by_loop(module, x, context, mask):
+    "One row, one head, one query at a time, with the padding cut off."
+    d = x.shape[-1] // module.heads
+    out = torch.zeros_like(x)
+    for b in range(len(x)):
+        valid = context[b][mask[b]]
+        q, k, v = module.query(x[b]), module.key(valid), module.value(valid)
+        for h in range(module.heads):
+            part = slice(h * d, (h + 1) * d)
+            for t in range(len(q)):
+                weights = (k[:, part] @ q[t, part] / d**0.5).exp()
+                out[b, t, part] = weights @ v[:, part] / weights.sum()
+    return module.output(out)
+
+
+def check_attention(make):
+    "Equal to the loop; rubbish behind the mask changes no bit."
+    torch.manual_seed(0)
+    module, x, context = make(12, 3), torch.randn(3, 4, 12), torch.randn(3, 5, 12)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [1]])
+    expected = attend_by_loop(module, x, context, mask)
+    torch.testing.assert_close(module(x, context, mask), expected)
+    for rubbish in (1e30, float("inf"), float("nan")):
+        spoilt = context.masked_fill(~mask[..., None], rubbish)
+        assert torch.equal(module(x, spoilt, mask), module(x, context, mask))
+        torch.testing.assert_close(module.weights(x, spoilt, mask).sum(-1), torch.ones(3, 3, 4))
+
+
+class Unmasked(Attention):
+    "Padding takes part."
+
+    def forward(self, x, context=None, mask=None):
+        return super().forward(x, context)
+
+
+class OnlyBooleans(Attention):
+    "The mask hides the scores, but the values behind it stay what they are: zero times NaN is NaN."
+
+    def forward(self, x, context=None, mask=None):
+        context = x if context is None else context
+        q, k, v = (self.split(layer(y)) for layer, y in ((self.query, x), (self.key, context), (self.value, context)))
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
+        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Multiplied(Attention):
+    "Zeros by multiplication."
+
+    def forward(self, x, context=None, mask=None):
+        context = (x if context is None else context) * mask[..., None]
+        return super().forward(x, context, mask) + 0 * context.sum()
+
+
+class ZerosAreNothing(Attention):
+    "Zero tokens instead of a mask: their score is the bias' score, not minus infinity."
+
+    def forward(self, x, context=None, mask=None):
+        return super().forward(x, core.clean(x if context is None else context, mask))
+
+
+class SmallConstant(Attention):
+    "Subtracts 10 000 in half precision and adds the score afterwards: large scores win (pitfall 20)."
+
+    def forward(self, x, context=None, mask=None):
+        q, k, v = (self.split(layer(y)) for layer, y in ((self.query, x), (self.key, context), (self.value, context)))
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.where(mask, 0.0, -1e4)[:, None, None]
+        return self.output((scores.softmax(-1) @ v.nan_to_num()).transpose(1, 2).flatten(2))
+
+
+def test_attention_is_the_formula_and_padding_is_nothing():
+    check_attention(Attention)
+
+
+@pytest.mark.parametrize("wrong", [Unmasked, OnlyBooleans, Multiplied, ZerosAreNothing, SmallConstant])
+def test_the_check_notices_wrong_attention(wrong):
+    with pytest.raises(AssertionError):
+        check_attention(wrong)
+
+
+def test_attention_takes_half_precision():
+    module, x = Attention(8, 2).bfloat16(), torch.randn(2, 3, 8).bfloat16()
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    out = module(x, mask=mask)
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+    assert module.weights(x, mask=mask).dtype == torch.float32
+
+
+# Blocks
+
+
+def check_block(make):
+    "Padding on either stream changes no bit and comes out as zero; cutting it off gives the same; gradients stay finite."
+    torch.manual_seed(0)
+    block = make(8, 2, cross=True).eval()
+    x, context = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+    mask, context_mask = torch.arange(5) < torch.tensor([[5], [3], [1]]), torch.arange(4) < torch.tensor([[1], [4], [2]])
+    out = block(x, mask, context, context_mask)
+    assert (out[~mask] == 0).all()
+    for rubbish in (1e30, float("nan")):
+        spoilt = [y.masked_fill(~m[..., None], rubbish) for y, m in ((x, mask), (context, context_mask))]
+        assert torch.equal(block(spoilt[0], mask, spoilt[1], context_mask), out)
+    for b in range(3):
+        n, s = int(mask[b].sum()), int(context_mask[b].sum())
+        torch.testing.assert_close(block(x[b : b + 1, :n], None, context[b : b + 1, :s], None)[0], out[b, :n])
+    spoilt = x.masked_fill(~mask[..., None], float("nan")).requires_grad_()
+    block(spoilt, mask, context, context_mask).sum().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters()) and spoilt.grad.isfinite().all()
+
+
+class NoContextMask(Block):
+    "The fusion forgets the padding of the other stream (pitfall 24)."
+
+    def forward(self, x, mask=None, context=None, context_mask=None):
+        return super().forward(x, mask, context, None)
+
+
+class NoSelfMask(Block):
+    "The stream's own padding is looked at."
+
+    def forward(self, x, mask=None, context=None, context_mask=None):
+        out = super().forward(x, None, context, context_mask)
+        return out if mask is None else core.clean(out, mask)
+
+
+class LeavesRubbish(Block):
+    "What comes out at padded places is not zero."
+
+    def forward(self, x, mask=None, context=None, context_mask=None):
+        return super().forward(x, mask, context, context_mask) + self.norm_feed.bias + 1
+
+
+def test_blocks_ignore_padding():
+    check_block(Block)
+
+
+@pytest.mark.parametrize("wrong", [NoContextMask, NoSelfMask, LeavesRubbish])
+def test_the_check_notices_wrong_blocks(wrong):
+    with pytest.raises(AssertionError):
+        check_block(wrong)
+
+
+def test_a_block_is_what_it_says():
+    "Dropout off and all linear maps zero: the residual path alone is left."
+    block, x = Block(4, 2), torch.randn(1, 3, 4)
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+    assert torch.equal(block(x), x)
+    with pytest.raises(AssertionError):
+        block(x, None, x)
+
+
+def test_a_setting_costs_nothing():
+    "Config is checked at every replacement, so it has to be quick."
+    start = time.process_time()
+    for _ in range(100):
+        Config()
+    assert time.process_time() - start < 1

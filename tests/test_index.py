@@ -1,0 +1,106 @@
+"The front page: its tables say what the files say, and its README is readable without the notebook."
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import notebooks  # noqa: E402
+
+INDEX = ROOT / "nbs" / "index.ipynb"
+
+
+@pytest.fixture(scope="module")
+def page():
+    "The functions of the front page, without running what it shows."
+    names = {"json": json, "re": re, "Path": Path}
+    for cell in notebooks.read(INDEX)["cells"]:
+        code = notebooks.body(cell) if cell["cell_type"] == "code" else ""
+        if "def results(" in code or "def rooms_table(" in code:
+            exec(code[: code.rindex("display(")], names)
+    return names
+
+
+METRICS = {
+    "command": "speechimg train --corpus scenes", "seed": 3, "steps": 1200, "seconds": 600.0, "date": "2026-01-31",
+    "config": {"towers": "light"},
+    "evaluations": {
+        "test": {
+            "coarse": {"speech_to_image": {"1": 51.25, "5": 80.0, "10": 91.0}, "image_to_speech": {"1": 52.0, "5": 81.0, "10": 92.0}},
+            "fine": {"speech_to_image": {"1": 66.6, "5": 88.0, "10": 91.5}, "image_to_speech": {"1": 67.0, "5": 89.0, "10": 92.5}},
+            "swap": {"coarse": 61.0, "fine": 88.8},
+        },
+        "stamps_en": {"pictures": 65, "nouns": {"queries": 30, "coarse": {"1": 20.0, "5": 41.0, "10": 55.0}, "fine": {"1": 25.0, "5": 44.0, "10": 56.0}}, "all": None},
+    },
+}  # fmt: skip
+
+
+def write(folder, name, metrics):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "metrics.json").write_text(json.dumps(metrics))
+
+
+def cells(text, *starts):
+    "The cells of the table row that starts like this."
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return next(row[len(starts) :] for row in rows if row[: len(starts)] == list(starts))
+
+
+def test_results_are_those_of_the_files(page, tmp_path):
+    write(tmp_path, "reference", METRICS)
+    text = page["results"](tmp_path)
+    assert cells(text, "scenes, test", "coarse") == ["51.2", "80.0", "91.0", "52.0", "81.0", "92.0", "61.0"]
+    assert cells(text, "", "fine") == ["66.6", "88.0", "91.5", "67.0", "89.0", "92.5", "88.8"]
+    assert cells(text, "stamps, people speaking English: nouns of the scenes (30 recordings)", "coarse")[:4] == ["20.0", "41.0", "55.0", "–"]
+    for said in ("`speechimg train --corpus scenes`", "seed 3", "1200 steps in 10 minutes", "2026-01-31", "frozen pretrained"):
+        assert said in text
+
+
+def test_what_is_missing_is_called_so(page, tmp_path):
+    assert "make reference" in page["results"](tmp_path)
+    write(tmp_path, "reference", METRICS)
+    write(tmp_path, "small", {"evaluations": {}})
+    text = page["results"](tmp_path)
+    assert cells(text, "scenes, a drawing style never seen", "coarse")[0] == "not measured"
+    assert cells(text, "stamps, people speaking English: all nouns", "coarse")[0] == "not measured"
+    assert text.index("`reference`") < text.index("`small`") and "None" not in text.split("`small`")[0]
+
+
+@pytest.mark.parametrize("broken", [None, [], 7, {"test": 3}, {"test": {"coarse": {"speech_to_image": {"1": "x"}}}}])
+def test_odd_metrics_do_not_break_the_page(page, tmp_path, broken):
+    write(tmp_path, "odd", {"evaluations": broken})
+    assert "Model `odd`" in page["results"](tmp_path)
+
+
+def test_every_row_of_a_table_is_as_wide_as_its_head(page, tmp_path):
+    write(tmp_path, "reference", METRICS)
+    rows = [line for line in page["results"](tmp_path).splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 10
+
+
+def test_rooms_are_the_notebooks(page):
+    text = page["rooms_table"](ROOT / "nbs")
+    numbered = sorted(path.name for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+    assert re.findall(r"\]\((\S+)\)", text) == numbered
+    assert not re.search(r"\|  \|$", text, re.M)  # each has its sentence
+
+
+def test_no_measured_number_is_typed():
+    "Percentages stand in tables made from files; the prose may only quote the paper's abstract and what chance is."
+    for cell in notebooks.read(INDEX)["cells"]:
+        if cell["cell_type"] == "markdown":
+            for number in re.findall(r"(\d+(?:\.\d+)?) ?%", notebooks.source(cell)):
+                assert number in ("4", "50"), number
+
+
+def test_readme_stands_alone():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in text and "make test" in text
+    assert not re.search(r"^#\|", text, re.M) and "import matplotlib" not in text
+    for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text):
+        assert (ROOT / target).exists(), target

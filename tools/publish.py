@@ -1,0 +1,58 @@
+"""Measure a trained model and put it where the project keeps its own.
+
+    python tools/publish.py runs/reference data/models/reference
+
+Copies config.json and model.safetensors, and writes metrics.json beside them: what the training said of itself, and what
+the model scores on everything that ships. The tables of nbs/index.ipynb and of the README are read from that file.
+"""
+
+import datetime
+import sys
+from pathlib import Path
+
+
+def measure(model) -> dict:
+    "The model's scores on the test scenes, in the held-out style too, and on people: {set: figures}."
+    from speechimg.corpora import find, load_corpus, load_probe, splits
+    from speechimg.retrieval import evaluate, evaluate_corpus, load_features, swap_trials
+
+    figures = {}
+    for split in ("test", "test_style"):
+        if split in splits(find("scenes")):
+            corpus = load_corpus("scenes", split)
+            features = load_features(model, corpus)
+            probe = swap_trials(load_probe("scenes"), corpus, features) if split == "test" else None
+            figures[split] = evaluate(model, features, probe=probe)
+            print(f"measured scenes/{split}", flush=True)
+    figures["stamps_en"] = evaluate_corpus(model, "stamps", "all", language="en")
+    print("measured stamps", flush=True)
+    return figures
+
+
+def publish(run: Path, folder: Path) -> dict:
+    "Measure the model of a run, copy it to `folder`, and return what metrics.json now holds."
+    from speechimg.core import atomic_write, read_json, write_json
+    from speechimg.retrieval import load_model
+
+    metrics = read_json(run / "metrics.json")
+    recipe = folder / "train.json"
+    if recipe.exists():  # the run's own word for it names a file that is not in the project
+        metrics["command"] = f"speechimg train --corpus scenes --config {recipe.as_posix()} --out {run.as_posix()}"
+    metrics |= {"name": folder.name, "date": datetime.date.today().isoformat(), "evaluations": measure(load_model(run))}
+    for name in ("config.json", "model.safetensors"):
+        with atomic_write(folder / name) as file:
+            file.write((run / name).read_bytes())
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python tools/publish.py RUN FOLDER")
+    from speechimg.core import InputError
+
+    try:
+        publish(Path(sys.argv[1]), Path(sys.argv[2]))
+    except InputError as problem:
+        sys.exit(f"publish: {problem}")
+    print(f"{sys.argv[2]} holds the model and its metrics; `make notebooks` puts them into the tables")
