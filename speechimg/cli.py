@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
-# %% ../nbs/19_cli.ipynb #60e61149
+# %% ../nbs/19_cli.ipynb #b859d56c
 def data_uri(content, side=None):  # a PIL picture, shrunk in place to so many pixels, or a wave (n,) at 16 kHz
     "An address that holds all its bytes, so that a page needs no other file: WebP, or WAV, which every browser plays."
     import soundfile
@@ -31,7 +31,7 @@ def data_uri(content, side=None):  # a PIL picture, shrunk in place to so many p
     else: soundfile.write(buffer, content.numpy(), 16_000, format="WAV", subtype="PCM_16")
     return f"data:{kind};base64,{b64encode(buffer.getvalue()).decode()}"
 
-
+# %% ../nbs/19_cli.ipynb #12e17312
 def spectrogram(wave):  # (n,) at 16 kHz
     "A PIL picture of 64 mel bands (low pitch at the bottom) over time; from paper white to ink over 60 dB."
     import numpy as np
@@ -43,7 +43,7 @@ def spectrogram(wave):  # (n,) at 16 kHz
     colours = np.stack([np.interp(ink, np.linspace(0, 1, 4), stop) for stop in stops.T], -1)     # (64, T, 3)
     return Image.fromarray(colours.round().astype(np.uint8)).resize((720, 144), Image.Resampling.BICUBIC)
 
-# %% ../nbs/19_cli.ipynb #b859d56c
+# %% ../nbs/19_cli.ipynb #72831e7f
 STYLE = """body{margin:0 auto;max-width:1080px;padding:24px 16px 56px;background:#fbfaf7;color:#23252f;font:16px/1.5 system-ui,sans-serif}section{margin-top:36px}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:0 0 10px;overflow-wrap:anywhere}p{margin:4px 0 0;color:#666a76}audio{width:100%;height:40px;margin-top:10px}
 .query,figure{background:#fff;border:1px solid #e6e3da;border-radius:14px;padding:14px;margin:0}.query img{width:100%;height:110px;display:block;border-radius:8px}
@@ -52,7 +52,7 @@ figure img{width:100%;aspect-ratio:1;object-fit:contain;display:block}figcaption
 i{font-style:normal;float:right}.up{color:#2f7d4f}.down{color:#b4553d}.bar,.bar span{display:block;height:6px;border-radius:3px}.bar{background:#eeebe2;margin:1px 0 5px}
 .bar span{background:#9db7d6}.fine span{background:#3a6ea5}"""
 
-
+# %% ../nbs/19_cli.ipynb #13c5de74
 class Answer(NamedTuple):
     "A query and what was found."
     title: str      # shown above it
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
     corpus: object  # corpora.Corpus that the hits point into
     hits: list      # retrieval.Hit, best first
 
-
+# %% ../nbs/19_cli.ipynb #fb3f6a6f
 def bar(kind, value, values):  # "coarse" or "fine", a score or None, all scores shown beside it
     "One labelled bar; its length runs from the lowest to the highest score shown."
     if value is None: return f"{kind}<i>not re-ranked</i><div class=bar></div>"
@@ -68,7 +68,7 @@ def bar(kind, value, values):  # "coarse" or "fine", a score or None, all scores
     length = 8 + 92 * (value - low) / ((high - low) or 1)
     return f'{kind}<i>{value:.2f}</i><div class="bar {kind}"><span style="width:{length:.0f}%"></span></div>'
 
-
+# %% ../nbs/19_cli.ipynb #72fc9bd4
 def card(hit, answer):  # retrieval.Hit, the Answer it belongs to
     "One picture with its scores and the way its rank went."
     name = escape(", ".join(answer.corpus.pictures[hit.picture].concepts) or Path(hit.path).name)
@@ -77,7 +77,7 @@ def card(hit, answer):  # retrieval.Hit, the Answer it belongs to
     return (f'<figure><img alt="{name}" src="{data_uri(answer.corpus.load_picture(hit.picture), 240)}">'
             f"<figcaption><b>{hit.rank}</b> {moved}<br>{name}<br>{bars}</figcaption></figure>")
 
-
+# %% ../nbs/19_cli.ipynb #385fcbed
 def write_page(path, answers, heading="Spoken words, and the pictures found"):  # an HTML file, list of Answer
     "One page that needs no other file and no network: players, spectrograms, pictures, scores. Written completely or not at all."
     from speechimg.core import atomic_write
@@ -91,7 +91,7 @@ def write_page(path, answers, heading="Spoken words, and the pictures found"):  
         f"decides their order. Bars run from the lowest to the highest score shown.</p>{sections}</html>")
     with atomic_write(path) as file: file.write(page.encode("utf-8", "replace"))                 # a file name may hold bytes that are no text
 
-# %% ../nbs/19_cli.ipynb #12e17312
+# %% ../nbs/19_cli.ipynb #f644c157
 @dataclass
 class Train:
     "Train a model on the train split of a corpus, validate it, and leave model, log and curves in a folder."
@@ -117,7 +117,7 @@ class Train:
         print(f"trained {metrics['steps']} steps in {metrics['seconds']:.0f} s; the model is in {folder}")
         if metrics["validation"]: print(table(metrics["validation"]))
 
-
+# %% ../nbs/19_cli.ipynb #bc1eb6bb
 def setting(text):  # "batch_size=32"
     "A pair (name, value): numbers, true and false as in JSON, anything else as text. Raises InputError."
     from speechimg.core import InputError
@@ -126,7 +126,7 @@ def setting(text):  # "batch_size=32"
     try: return name, json.loads(value)
     except ValueError: return name, value
 
-# %% ../nbs/19_cli.ipynb #9529e908
+# %% ../nbs/19_cli.ipynb #4d5634ed
 @dataclass
 class Evaluate:
     "Recall of the coarse ranking and of the re-ranked one, in both directions, and the swap probe where the corpus has one."
@@ -155,7 +155,7 @@ class Evaluate:
         for line in features.skipped: print(f"skipped {line}", file=sys.stderr)
         if self.json: write_json(self.json, result)
 
-
+# %% ../nbs/19_cli.ipynb #f52f396a
 def table(result):  # from retrieval.evaluate
     "The figures as lines to read."
     lines = [f"{'':24}{'R@1':>8}{'R@5':>8}{'R@10':>8}"]
@@ -166,7 +166,7 @@ def table(result):  # from retrieval.evaluate
     if result["swap"]: lines.append("swap probe: " + ", ".join(f"{stage} {value:.1f} %" for stage, value in result["swap"].items()) + " (chance 50 %)")
     return "\n".join([*lines, f"{result['pairs']:,} pairs read together, {result['seconds']:.1f} s"])
 
-# %% ../nbs/19_cli.ipynb #72831e7f
+# %% ../nbs/19_cli.ipynb #c597d0a0
 @dataclass
 class Search:
     "Find the pictures that a recording describes."
@@ -193,12 +193,12 @@ class Search:
         hits = search(model, wave, (corpus, images), self.top, self.rerank)
         print(f"rank coarse   cosine matching  picture, of {len(corpus.pictures):,} in {self.gallery}")
         for hit in hits: print(f"{hit.rank:4}{hit.before:7}{hit.coarse:9.2f}{'' if hit.fine is None else format(hit.fine, '.2f'):>9}  {hit.path}",
-                               *corpus.pictures[hit.picture].concepts)
+                               f"({', '.join(concepts)})" if (concepts := corpus.pictures[hit.picture].concepts) else "")
         if self.save:
             write_page(self.save, [Answer(self.query.name, wave, corpus, hits)])
             print(f"page written to {self.save}")
 
-
+# %% ../nbs/19_cli.ipynb #e4ab7946
 @dataclass
 class Check:
     "Read every file of a corpus, or of a folder of pictures, and list what is wrong; exit code 1 if anything is."
@@ -216,14 +216,14 @@ class Check:
         print("\n".join(problems) if problems else f"{self.corpus}: every file can be read")
         return bool(problems)
 
-# %% ../nbs/19_cli.ipynb #13c5de74
+# %% ../nbs/19_cli.ipynb #e21a6978
 def writable(path):  # a file about to be written, minutes from now
     "Say at once what would go wrong at the end. Raises InputError."
     from speechimg.core import InputError
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK): raise InputError(path, "cannot be written", "give a file in a folder of yours")
 
-
+# %% ../nbs/19_cli.ipynb #f3a4e9bb
 def main(arguments=None):  # list of str; those of the process when left out
     "Run a command; returns the exit code: 0, 1 = problems found, 2 = wrong input, 130 = stopped by Ctrl-C, 141 = reader gone."
     warnings.simplefilter("ignore")                                          # libraries' warnings are noise here, our own are one line each
@@ -246,5 +246,5 @@ def main(arguments=None):  # list of str; those of the process when left out
     print(f"speechimg: {problem}", file=sys.stderr)
     return code
 
-
+# %% ../nbs/19_cli.ipynb #567e3b0c
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())      # python -m speechimg.cli; not inside the notebook

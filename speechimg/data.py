@@ -34,7 +34,7 @@ def decode_audio(data, name,                       # the bytes of a WAV, FLAC, O
             keep = file.frames if max_seconds is None else min(file.frames, int(np.ceil(max_seconds * rate)))
             wave = file.read(keep, dtype="float32", always_2d=True)  # (n, channels); five hours of sound must not fill the memory
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise InputError(name, f"cannot be decoded as sound ({error})", "convert it to WAV, FLAC or Ogg, or remove it") from None
+        raise InputError(name, f"cannot be decoded as sound ({getattr(error, 'error_string', error)})", "convert it to WAV, FLAC or Ogg, or remove it") from None
     if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00):  # which recorders that stream write: no promise
         raise InputError(name, "ends before its header says", "copy it again")
     if not np.isfinite(wave).all(): raise InputError(name, "holds NaN or infinite samples", "export it again as 16-bit WAV")

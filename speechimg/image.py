@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['square', 'Pixels', 'ConvBlock', 'ImageTower']
 
-# %% ../nbs/04_image.ipynb #6558e542
+# %% ../nbs/04_image.ipynb #0c7d89f5
 import numpy as np
 import torch
 from einops import rearrange
@@ -14,7 +14,7 @@ from torch import nn
 
 from .core import Block, Encoded, InputError
 
-# %% ../nbs/04_image.ipynb #04007bf8
+# %% ../nbs/04_image.ipynb #df65e0db
 def square(picture,  # PIL image
            size,     # side of the result in pixels
           ):
@@ -26,7 +26,7 @@ def square(picture,  # PIL image
         picture = canvas
     return picture if side == size else picture.resize((size, size), Image.Resampling.BICUBIC)
 
-# %% ../nbs/04_image.ipynb #e8abcdbe
+# %% ../nbs/04_image.ipynb #90426852
 class Pixels:
     "Front end: the picture itself, small and square."
     feature_dim = 3
@@ -46,7 +46,7 @@ class Pixels:
         "(3, size, size) uint8."
         return np.ascontiguousarray(rearrange(np.asarray(square(picture, self.size)), "h w c -> c h w"))
 
-# %% ../nbs/04_image.ipynb #8690babc
+# %% ../nbs/04_image.ipynb #8f7e719c
 class ConvBlock(nn.Module):
     "Convolution at half the size, then one at the same size with a short cut."
 

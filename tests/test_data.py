@@ -462,7 +462,7 @@ def kin(corpus, batch):
 def test_siblings_get_their_share_of_every_batch(share):
     corpus = many()
     shares = [kin(corpus, batch) for batch in epoch_batches(corpus, 64, generator(), siblings=share)]
-    assert len(shares) == 203 and share - 0.1 < min(shares) and np.quantile(shares, 0.95) < share + 0.2 and abs(np.mean(shares) - share) < 0.03
+    assert len(shares) == 203 and share - 0.1 < min(shares) and np.quantile(shares, 0.95) < share + 0.2 and share - 0.02 < np.mean(shares) < share + 0.06  # some meet by chance
     assert np.mean([kin(corpus, batch) for batch in epoch_batches(corpus, 64, generator(), bucket=False)]) < 0.1
 
 

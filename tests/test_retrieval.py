@@ -129,6 +129,12 @@ def test_recall_refuses_what_has_no_answer(scores, image_of):
     with pytest.raises(ValueError, match="recall_at_k"): recall_at_k(scores, image_of)
 
 
+def test_lists_arrays_and_small_integers_will_do():
+    scores, image_of = irregular(3, levels=1)
+    for some in ((scores.tolist(), image_of.tolist()), (scores.numpy(), image_of.numpy().astype(np.int32)), (scores.half(), image_of.int())):
+        assert recall_at_k(*some) == recall_at_k(scores, image_of)
+
+
 def test_infinite_scores_are_ordinary():
     scores = torch.tensor([[torch.inf, 0.0], [-torch.inf, -torch.inf]])
     assert recall_at_k(scores, torch.tensor([0, 1]), (1,))["speech_to_image"][1] == 75.0
@@ -489,6 +495,19 @@ def test_pair_scores_equal_one_pair_at_a_time(mini, direction):
     found = pair_scorer(mini.model, embeddings, direction, batch_size=4)(queries, candidates)
     for score, q, c in zip(found.tolist(), queries.tolist(), candidates.tolist()):
         assert abs(score - one_pair(mini.model, embeddings, *((q, c) if direction == BOTH[0] else (c, q)))) < 1e-5
+
+
+def test_a_forgotten_mask_is_caught(mini, monkeypatch):
+    "Pitfall 24: padding of the longer recordings in a batch must not be read; a scorer without masks fails the same check."
+    embeddings = embed(mini.model, mini.features)
+    lengths = torch.tensor([len(tokens) for tokens in embeddings.speech_tokens])
+    shortest, longest = int(lengths.argmin()), int(lengths.argmax())
+    def check(_):
+        found = pair_scorer(mini.model, embeddings)(torch.tensor([longest, shortest]), torch.tensor([0, 0]))
+        assert abs(found[1].item() - one_pair(mini.model, embeddings, shortest, 0)) < 1e-5
+    check(None)
+    monkeypatch.setattr(room, "speech_mask", lambda lengths, T: torch.ones(len(lengths), T, dtype=torch.bool))
+    caught(check, None)
 
 
 def test_swapped_directions_are_caught(mini):

@@ -196,7 +196,7 @@ def two_sounds():
     generator = torch.Generator().manual_seed(4)
     first, second = torch.randn(2, 4, 1, 64, generator=generator).expand(2, 4, 80, 64)
     silence = torch.zeros(4, 120, 64)
-    edge = silence[:, :24]
+    edge = silence[:, :48]
     return torch.cat([edge, first, silence, second, edge], 1), torch.cat([edge, second, silence, first, edge], 1)
 
 
@@ -232,5 +232,5 @@ def test_short_clips_train(seconds):
 
 
 def test_sizes():
-    assert 1e6 < sum(p.numel() for p in SpeechTower(Config()).parameters()) < 2e6
+    assert 1e6 < sum(p.numel() for p in SpeechTower(Config(width=192, speech_depth=2)).parameters()) < 2e6
     assert SpeechTower(TINY).width == 16

@@ -6,6 +6,7 @@
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -13,11 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs", "demo")
-RECORDINGS = 4000  # how many the small model trains on: reading them is part of the wait, once
-SMALL = {  # in one minute only the coarse stage has a chance, and a queue of drifting keys would hold it back
-    "towers": "small", "width": 96, "dim": 64, "heads": 4, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "dropout": 0.0,
-    "queue_size": 0, "alpha": 0.0, "sim_start_step": 10_000, "siblings": 0.0, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 20,
-    "steps": 2000, "evaluate_every": 50, "checkpoint_every": 10_000,
+RECORDINGS = 1500  # how many the small model trains on: reading them is part of the wait, once
+SMALL = {  # in one minute only the coarse stage has a chance, on keys of its own
+    "width": 96, "dim": 64, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "queue_size": 0, "student_steps": 10_000, "sim_start_step": 10_000,
+    "siblings": 0.0, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20, "steps": 2000, "evaluate_every": 50, "checkpoint_every": 10_000,
 }  # fmt: skip
 
 STARTED = time.monotonic()
@@ -115,6 +115,24 @@ def answer_people(model) -> Path:
     return page
 
 
+def prepare() -> None:
+    "Compute what parts 2 to 4 will want to find in the cache: the other core does this during part 1."
+    import torch
+    from speechimg.core import Config
+    from speechimg.corpora import load_corpus
+    from speechimg.model import SpeechImageModel
+    from speechimg.retrieval import load_features, load_model, open_gallery
+    from speechimg.train import some_of
+
+    torch.set_num_threads(1)
+    reference, stamps = load_model("reference"), load_corpus("stamps", "all")
+    load_features(reference, stamps.subset([row for row, caption in enumerate(stamps.captions) if caption.language == "en"]))
+    open_gallery(reference, "stamps")
+    small = SpeechImageModel(Config(**SMALL))
+    for split in ("val", "train"):
+        load_features(small, some_of(load_corpus("scenes", split), RECORDINGS, small.config.seed))
+
+
 class TimeIsUp(Exception):
     "The small model has trained for as long as it may."
 
@@ -147,31 +165,45 @@ def train_small(seconds: float) -> None:
         pass
     finally:
         shutil.rmtree(OUT / "small", ignore_errors=True)
-    print("   (the bar is R@10; `make small` trains it for half an hour instead)")
+    print("   (the bar is R@10; `make reference` trains the full model, `make small` one without any pretrained part)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="See what the trained model can do, and watch a small one learn.")
     parser.add_argument("--seconds", type=float, default=60, help="how long the small model trains")
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
     from speechimg.core import InputError
     from speechimg.retrieval import load_model
 
+    if options.prepare:
+        return prepare()
     OUT.mkdir(parents=True, exist_ok=True)
+    ahead = None
     try:
         model = load_model("reference")
+        ahead = subprocess.Popen([sys.executable, __file__, "--prepare"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         heading(1, "Scenes nobody has shown it", "synthetic voices and combinations of things that training did not hold")
         evaluate_reference(model)
         heading(2, "People nobody has let it hear", "human recordings of the stamps in a drawing program, zero-shot: it never saw these pictures either")
         evaluate_people(model)
         heading(3, "Three of those recordings, answered", "drawn by lot, among all stamps")
         answer_people(model)
-        heading(4, f"A small model, from nothing, in {options.seconds:.0f} seconds", "no pretrained part: mel bands and pixels; it keeps what it learnt nowhere")
+        heading(4, f"A small model, from nothing, in {options.seconds:.0f} seconds", "frozen ears and eyes, all that reads them starts from random numbers; it keeps what it learnt nowhere")
+        if ahead.poll() is None:
+            print("   reading its recordings and pictures, once ...\n", flush=True)
+        ahead.wait()
         train_small(options.seconds)
     except InputError as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ndemo: stopped")
+    finally:
+        if ahead:
+            ahead.terminate()  # nothing is lost: what it had finished is in the cache
+            ahead.wait()
     print(f"\n{paint('Done', '1;32')} in {time.monotonic() - STARTED:.0f} s. Next: {paint('make lab', '1')} opens the notebooks, {paint('make test', '1')} proves it all.")
 
 
