@@ -175,13 +175,15 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
+    import torch
     from speechimg.core import InputError
     from speechimg.retrieval import load_model
 
     if options.prepare:
         return prepare()
     OUT.mkdir(parents=True, exist_ok=True)
-    ahead = None
+    cores, ahead = torch.get_num_threads(), None
+    torch.set_num_threads(max(1, cores // 2))  # the other half is for prepare(): threads that fight for a core are slower than one
     try:
         model = load_model("reference")
         ahead = subprocess.Popen([sys.executable, __file__, "--prepare"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -195,6 +197,7 @@ def main() -> None:
         if ahead.poll() is None:
             print("   reading its recordings and pictures, once ...\n", flush=True)
         ahead.wait()
+        torch.set_num_threads(cores)
         train_small(options.seconds)
     except InputError as error:
         sys.exit(f"demo: {error}")
