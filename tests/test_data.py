@@ -181,6 +181,7 @@ def bits(folder):
     return [8 * byte + bit for byte in [*range(170), *range(170, size, 997), *range(size - 80, size)] for bit in range(8)]
 
 
+@pytest.mark.slow
 def test_every_turned_bit_is_noticed_or_harmless(tmp_path):
     check_damage(FeatureCache, tmp_path, bits(tmp_path), [])
 

@@ -174,6 +174,7 @@ def drive(corpus, folder):
         in_child(lambda: run(corpus, out, resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_anywhere_and_resumed_gives_the_same_bits(workshop):
     "SIGKILL at nine moments: weights, teacher, queue, moments, log and metrics equal those of the run that nobody disturbed."
