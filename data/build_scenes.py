@@ -47,10 +47,10 @@ TEST_VOICES = ([('espeak-ng', f'{a}+{v}') for v in TEST_VARIANTS for a in ACCENT
 ENGINE_SHARE = (0.5, 0.28, 0.22)
 
 
-def draw_voice(voices, rng):
+def draw_voice(voices, rng, pitch=(0.85, 1.18)):
     "Engine first, then one of its voices, with its own rate and pitch: {'engine', 'name', 'rate', 'pitch'}."
     engine, name = rng.choice(rng.choices(voices, weights=ENGINE_SHARE)[0])
-    return dict(engine=engine, name=name, rate=round(rng.uniform(0.92, 1.28), 3), pitch=round(rng.uniform(0.85, 1.18), 3))
+    return dict(engine=engine, name=name, rate=round(rng.uniform(0.92, 1.28), 3), pitch=round(rng.uniform(*pitch), 3))
 
 
 def speaker(voice):
@@ -69,6 +69,9 @@ def article(noun):
 def phrasings(scene):
     "Every way of saying where things are, for a scene {'kind', 'nouns', 'relation'}; each tells the scene from its siblings."
     kind, relation = scene['kind'], scene['relation']
+    if kind == 'whole':
+        a = article(scene['nouns'][0])
+        return [a, f'there is {a}', f'one {scene["nouns"][0]}', f'a picture of {a}']
     if kind == 'single':
         a, place = article(scene['nouns'][0]), {'left': 'on the left', 'right': 'on the right', 'top': 'at the top',
                                                 'bottom': 'at the bottom', 'middle': 'in the middle'}[relation]
@@ -77,6 +80,9 @@ def phrasings(scene):
         many = f'{WORDS[relation]} {plural(scene["nouns"][0])}'
         return [many, f'there are {many}', f'you can see {many}', f'{many} together', f'a picture of {many}']
     a, b = map(article, scene['nouns'])
+    if kind == 'mixed':
+        many = f'{WORDS[relation]} {plural(scene["nouns"][0])}'
+        return [f'{many} and {b}', f'{b} and {many}', f'there are {many} and {b}', f'{b} with {many}', f'you can see {many} and {b}']
     if relation == 'left':
         return [f'{a} on the left and {b} on the right', f'{b} on the right and {a} on the left', f'{a} to the left of {b}',
                 f'{b} to the right of {a}', f'on the left {a}, on the right {b}', f'{a} is left of {b}', f'{b} is right of {a}']
@@ -96,7 +102,8 @@ def compositions(rng):
     """Which compositions belong to which split: {'train'|'val'|'test': [group, ...]}, a group being a list of siblings.
 
     A composition is (kind, nouns, relation). Noun pairs, (noun, count) and (noun, place) are divided, so no test content
-    is ever seen in training; every group has the same nouns in other bindings."""
+    is ever seen in training; every group has the same nouns in other bindings. Two kinds are for training alone: one thing
+    as large as the picture, so that bare nouns are heard, and several things beside another one, so that plurals are."""
     nouns = list(NOUNS)
     pairs = list(itertools.combinations(nouns, 2))
     rng.shuffle(pairs)
@@ -108,7 +115,8 @@ def compositions(rng):
     out['test'] += [swap(*next(take), r) for r in ['left', 'above'] * 38]                   # 152
     out['test'] += [[('pair', next(take), r)] for r in ['left', 'above'] * 40]              # 80 without a sibling
     out['val'] += [four(*next(take)) for _ in range(45)] + [swap(*next(take), r) for r in ['left', 'above'] * 28]
-    out['train'] += [four(*p) for p in take]
+    pairs = list(take)
+    out['train'] += [four(*p) for p in pairs]
     for noun in nouns:                                       # counts: two of three held out for 28 nouns, none for the others
         ways = [('count', (noun,), n) for n in COUNTS]
         rng.shuffle(ways)
@@ -122,33 +130,26 @@ def compositions(rng):
         ways = [('single', (noun,), p) for p in PLACES]
         rng.shuffle(ways)
         out['test'].append(ways[:2]); out['train'].append(ways[2:])
+    allowed = {(noun, n) for group in out['train'] for kind, (noun, *_), n in group if kind == 'count'}
+    mixed = [[('mixed', p, n) for p in ((a, b), (b, a)) for n in (2, 3) if (p[0], n) in allowed] for a, b in pairs]
+    out['train'] += [group for group in mixed if len(group) > 1][:250]
+    out['train'] += [[('whole', (noun,), 'all')] for noun in nouns]
     return out
 
 
-def scenes_of(groups, target, rng):
-    "Scene dicts, about `target` of them: every composition at least once, then repeated on other backgrounds and in other styles."
-    scenes, number, first = [], itertools.count(), None
-    fixed = target is None
-    while True:
-        for group in groups:
-            kind = group[0][0]
-            # pairs are many: one rendering of each is most of the corpus; singles and counts are few and are drawn often
-            for _ in range(1 if fixed or kind == 'pair' else 6):
-                style, background, g = rng.choice(STYLES), rng.choice(list(COLOURS)), next(number)
-                together = fixed or rng.random() < 0.6        # siblings alike in everything but the binding
-                for kind, pair, relation in group:
-                    if not together: style, background = rng.choice(STYLES), rng.choice(list(COLOURS))
-                    scenes.append(dict(kind=kind, nouns=list(pair), relation=relation, style=style, background=background, group=g))
-        first = first or scenes[-1]['group']
-        if fixed or len(scenes) >= target: break
-    if not fixed:                                            # the first round stays whole; of the others, groups drawn at random
-        keep, order = [], list(range(scenes[-1]['group'] + 1))
-        rng.shuffle(order)
-        rank = {g: (g > first, i) for i, g in enumerate(order)}
-        for s in sorted(scenes, key=lambda s: rank[s['group']]):
-            if len(keep) >= target and keep[-1]['group'] != s['group']: break
-            keep.append(s)
-        scenes = keep
+REPEATS = dict(pair=1, mixed=1, single=6, count=8, whole=10)  # renderings in training: pairs are many, the others few
+
+
+def scenes_of(groups, rng, repeat=False):
+    "Scene dicts: every composition once, or as often as REPEATS says, on other backgrounds and in other styles each time."
+    scenes, number = [], itertools.count()
+    for group in groups:
+        for _ in range(REPEATS[group[0][0]] if repeat else 1):
+            together, g = not repeat or rng.random() < 0.6, next(number)           # siblings alike in everything but the binding
+            for i, (kind, nouns, relation) in enumerate(group):
+                if not (together and i): style, background = rng.choice(STYLES), rng.choice(list(COLOURS))
+                if kind == 'whole' and rng.random() < 0.5: background = 'white'
+                scenes.append(dict(kind=kind, nouns=list(nouns), relation=relation, style=style, background=background, group=g))
     return scenes
 
 
@@ -203,11 +204,14 @@ def layout(scene, rng):
         x = {'left': u(0.24, 0.29), 'right': u(0.71, 0.76)}.get(relation, u(0.46, 0.54))
         y = {'top': u(0.24, 0.29), 'bottom': u(0.71, 0.76)}.get(relation, u(0.46, 0.54))
         return [(scene['nouns'][0], x, y, size)]
-    if kind == 'count':
+    if kind == 'whole':
+        size = u(0.5, 0.96)
+        return [(scene['nouns'][0], u(size / 2, 1 - size / 2), u(size / 2, 1 - size / 2), size)]
+    if kind in ('count', 'mixed'):
         cells = [(i, j) for i in range(3) for j in range(3)]
-        size = u(0.25, 0.31)
-        return [(scene['nouns'][0], 0.19 + 0.31 * i + u(-0.03, 0.03), 0.19 + 0.31 * j + u(-0.03, 0.03), size)
-                for i, j in rng.sample(cells, relation)]
+        size, things = u(0.25, 0.31), [scene['nouns'][0]] * relation + scene['nouns'][1:]
+        return [(noun, 0.19 + 0.31 * i + u(-0.03, 0.03), 0.19 + 0.31 * j + u(-0.03, 0.03), size)
+                for noun, (i, j) in zip(things, rng.sample(cells, len(things)))]
     sizes = u(0.34, 0.44), u(0.34, 0.44)
     near, far = (u(0.24, 0.29), u(0.71, 0.76))
     across = u(0.42, 0.58), u(0.42, 0.58)
@@ -321,26 +325,24 @@ def paint(task):
 
 
 # ---------------------------------------------------------------------------------------------- putting it together
-def plan(train_images):
+def plan():
     "All of the corpus except pixels and samples: {split: [entry, ...]} and the swap probe."
-    rng = random.Random(SEED)
-    parts = compositions(rng)
-    splits = {'train': scenes_of(parts['train'], train_images, rng), 'val': scenes_of(parts['val'], None, rng)[:300],
-              'test': scenes_of(parts['test'], None, rng)[:500]}
-    entries = {}
-    for split, scenes in splits.items():
-        n, voices = (5, TEST_VOICES) if split == 'test' else (2, TRAIN_VOICES)
-        # one picture in so many has its background named: singles and counts repeat, and need it to be told apart
-        share = lambda s: 0.3 if split != 'train' or s['kind'] == 'pair' else 0.75
+    parts = compositions(random.Random(SEED))
+    entries, ids = {}, {}
+    for split, size in (('train', None), ('val', 300), ('test', 500)):
+        rng = random.Random(f'{SEED} {split}')                # its own: what training gets never changes the test
+        n, voices, pitch = (5, TEST_VOICES, (0.85, 1.18)) if split == 'test' else (2, TRAIN_VOICES, (0.8, 1.25))
         entries[split] = []
-        for i, scene in enumerate(scenes):
+        for i, scene in enumerate(scenes_of(parts[split], rng, split == 'train')[:size]):
             name = f'{split}{i:05d}'
-            said = captions(scene, n, rng, share(scene))
-            who = [draw_voice(voices, rng) for _ in said]
-            entries[split].append({
-                'image': f'images/{name}.webp', 'concepts': scene['nouns'], 'group': scene['group'], 'scene': scene,
-                'captions': [{'text': t, 'speaker': speaker(v), 'uttid': f'{name}_{j}', 'wav': f'wavs/{name}_{j}.ogg',
-                              'language': 'en', '_voice': v} for j, (t, v) in enumerate(zip(said, who))]})
+            said = captions(scene, n, rng, 0.3)
+            who = [draw_voice(voices, rng, pitch) for _ in said]
+            entry = {'image': f'images/{name}.webp', 'concepts': scene['nouns'], 'group': scene['group'], 'scene': scene}
+            if split == 'train':                             # several pictures show one composition: none is a wrong answer for another
+                entry['meaning'] = ids.setdefault((scene['kind'], tuple(scene['nouns']), scene['relation']), len(ids))
+            entry['captions'] = [{'text': t, 'speaker': speaker(v), 'uttid': f'{name}_{j}', 'wav': f'wavs/{name}_{j}.ogg',
+                                  'language': 'en', '_voice': v} for j, (t, v) in enumerate(zip(said, who))]
+            entries[split].append(entry)
     entries['test_style'] = [{**e, 'image': e['image'].replace('test', 'style'), 'scene': {**e['scene'], 'style': HELD_OUT_STYLE}}
                              for e in entries['test']]
     return entries, probe(entries['test'])
@@ -376,9 +378,9 @@ def write_zip(path, files):
     print(f'{path}: {len(files)} files, {path.stat().st_size / 1e6:.1f} MB')
 
 
-def build(out, train_images=6_000, workers=2, only=None):
+def build(out, workers=2, only=None):
     "Write scenes.zip (val, test, test_style, swap) and scenes-train.zip into `out`."
-    entries, swap = plan(train_images)
+    entries, swap = plan()
     if only: entries = {k: v[:only] for k, v in entries.items()}
     pictures = [(e['image'], e['scene'], e['image'].replace('style', 'test'), None) for s in entries.values() for e in s]
     clips = [(c['uttid'], c['text'], c['_voice'], split == 'train') for split, s in entries.items() if split != 'test_style'
@@ -402,8 +404,7 @@ def build(out, train_images=6_000, workers=2, only=None):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--out', default=Path(__file__).parent, type=Path)
-    parser.add_argument('--train-images', default=6_000, type=int)
     parser.add_argument('--workers', default=2, type=int)
     parser.add_argument('--only', type=int, help='the first N pictures of each split: a quick look')
     args = parser.parse_args()
-    build(args.out, args.train_images, args.workers, args.only)
+    build(args.out, args.workers, args.only)

@@ -33,8 +33,9 @@ def scenes():
     kinds = {s: Counter(e['scene']['kind'] for e in entries) for s, entries in parts.items()}
     groups = {s: Counter(e['group'] for e in entries) for s, entries in parts.items()}
     yield '**Splits.** "With siblings": pictures whose nouns occur in the same split in another binding.'
-    yield table(['split', 'pictures', 'captions', 'singles', 'counts', 'pairs', 'compositions', 'with siblings', 'voices'], [
-        [s, len(entries), sum(len(e['captions']) for e in entries), kinds[s]['single'], kinds[s]['count'], kinds[s]['pair'],
+    order = ('single', 'count', 'pair', 'mixed', 'whole')
+    yield table(['split', 'pictures', 'captions', *order, 'compositions', 'with siblings', 'voices'], [
+        [s, len(entries), sum(len(e['captions']) for e in entries), *(kinds[s][k] for k in order),
          len({(e['scene']['kind'], *e['scene']['nouns'], e['scene']['relation']) for e in entries}),
          sum(n for n in groups[s].values() if n > 1), len({c['speaker'] for e in entries for c in e['captions']})]
         for s, entries in parts.items()])

@@ -111,6 +111,7 @@ class Config:
     final_learning_rate: float = setting(1e-6, low=0)   # end of the cosine (ALBEF default, the paper's value not seen)
     weight_decay: float = setting(0.02, low=0)          # of matrices only (ALBEF default, the paper's value not seen)
     clip_norm: float = setting(1.0, low=0)              # gradients longer than this are shortened; 0 = never
+    singles_first: int = setting(0, low=0)              # for so many steps only captions of a single thing: words before sentences
     siblings: float = setting(0.5, low=0, high=1)       # share of a batch drawn as groups of sibling scenes ...
     siblings_start_step: int = setting(0, low=0)        # ... from the first epoch that starts at this step or later
     captions_per_image: int = setting(1, low=0)         # captions of one image in one batch; 0 = no limit

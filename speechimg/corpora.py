@@ -32,7 +32,7 @@ class Caption:
 class Picture:
     "One picture. Its id is what several captions share."
     path: str                                     # its file, relative to the corpus
-    id: int                                       # its number in the manifest
+    id: int                                       # its `meaning` in the manifest, else its number there
     concepts: list = field(default_factory=list)  # the nouns to be seen
     scene: dict | None = None                     # how it was composed, for made-up scenes
     group: int = -1                               # pictures of one group show the same nouns in another binding; -1 = none
@@ -176,12 +176,17 @@ def load_corpus(name_or_path, split,  # "scenes", "stamps", or a folder or .zip 
         if fault: raise InputError(f"{store.root}/{path}", f"{fault}, but {where.rsplit('/', 1)[-1]} names it", "restore the file or take its entry out")
         return path
 
-    for number, entry in enumerate(manifest(store, f"{split}.json")):
+    entries = manifest(store, f"{split}.json")
+    for number, entry in enumerate(entries):
         where = f"{store.root}/{split}.json entry {number}"
         with attempt():
             path, spoken, concepts = typed(entry, "image", str, where), typed(entry, "captions", list, where, []), typed(entry, "concepts", list, where, [])
             if not all(isinstance(concept, str) for concept in concepts): raise InputError(where, f"'concepts' is {concepts!r:.40}", "give a list of texts")
-            picture = Picture(there(path, where), number, concepts, typed(entry, "scene", dict, where, None), typed(entry, "group", int, where, -1))
+            named = "meaning" in entry
+            if named != (isinstance(entries[0], dict) and "meaning" in entries[0]): raise InputError(where, f"'meaning' is {'given' if named else 'missing'}, unlike in entry 0", "give one to every picture or to none")
+            own = typed(entry, "meaning", int, where, number)
+            if own < 0: raise InputError(where, f"'meaning' is {own}", "give a whole number from 0 on")
+            picture = Picture(there(path, where), own, concepts, typed(entry, "scene", dict, where, None), typed(entry, "group", int, where, -1))
             once("image", path, where); pictures.append(picture)
             for one in spoken:
                 with attempt():

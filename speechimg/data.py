@@ -136,8 +136,8 @@ class Features:
 
 def level(picture):
     "How many things a picture shows, by its .scene or else its .concepts; 0 when nobody said."
-    count = (picture.scene or {}).get("relation")  # a number in "three bees", a word in "a bee above a cow"
-    return count if isinstance(count, int) else len(picture.concepts)
+    count = (picture.scene or {}).get("relation")  # a number in "three bees" and "three bees and a cow", a word in "a bee above a cow"
+    return len(picture.concepts) + (count - 1 if isinstance(count, int) else 0)
 
 # %% ../nbs/01_data.ipynb #23788bcf
 @dataclass

@@ -48,9 +48,9 @@ def generator_for(*numbers):  # non-negative integers: seed, purpose, step
 
 def batches(config, features, start=0):  # Config, data.Features, first step wanted
     "Yield (step, epoch, caption indices) from `start` on; the order of an epoch follows from (seed, epoch) alone."
-    step, epoch, singles = 0, 0, min(getattr(config, "singles_first", 0), config.steps)
+    step, epoch, singles = 0, 0, min(config.singles_first, config.steps)
     while step < config.steps:
-        end = singles if step < singles else config.steps                  # at first only captions of a single object, if so wished
+        end = singles if step < singles else config.steps                  # at first only captions of a single thing, if so wished
         kept = (features.levels == 1).nonzero()[:, 0] if step < singles else torch.arange(len(features))
         part = SimpleNamespace(ids=features.ids[kept], groups=features.groups[kept], lengths=features.lengths[kept.numpy()])
         siblings = config.siblings if step >= config.siblings_start_step else 0.  # what things are called first, how they are arranged later

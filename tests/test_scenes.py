@@ -73,6 +73,21 @@ def test_half_have_siblings(manifests, split):
     assert sum(len(g) for g in groups.values() if len(g) > 1) >= len(entries) / 2
 
 
+def test_one_meaning_per_composition(manifests):
+    rows = {(e['meaning'], e['scene']['kind'], tuple(e['scene']['nouns']), e['scene']['relation']) for e in manifests['train']}
+    assert len({row[0] for row in rows}) == len(rows) == len(content(manifests['train'])) < len(manifests['train'])
+
+
+def test_two_kinds_are_for_training_alone(manifests):
+    kinds = {split: Counter(e['scene']['kind'] for e in entries) for split, entries in manifests.items()}
+    assert min(kinds['train'][kind] for kind in ('whole', 'mixed')) > 300
+    assert not any(kinds[split][kind] for split in ('val', 'test', 'test_style') for kind in ('whole', 'mixed'))
+    counted = {(noun, n) for kind, (noun, *_), n in content(manifests['train']) if kind == 'mixed'}
+    tested = {(nouns[0], n) for split in ('val', 'test') for kind, nouns, n in content(manifests[split]) if kind == 'count'}
+    assert not counted & tested                                                          # not even beside something else
+    assert {e['scene']['nouns'][0] for e in manifests['train'] if e['scene']['kind'] == 'whole'} == {n for e in manifests['train'] for n in e['concepts']}
+
+
 @pytest.mark.parametrize('split', ('val', 'test'))
 def test_every_caption_tells_its_picture_from_all_others(manifests, split):
     assert len(content(manifests[split])) == len(manifests[split])
@@ -122,11 +137,13 @@ def test_readme_quotes_the_archives(monkeypatch):
 def test_grammar(monkeypatch):
     monkeypatch.syspath_prepend(str(DATA))
     scenes = pytest.importorskip('build_scenes', reason='building the corpora needs the extra speechimg[corpora]')
-    entries, probe = scenes.plan(600)
-    again, _ = scenes.plan(600)
+    entries, probe = scenes.plan()
+    again, _ = scenes.plan()
     assert json.dumps(entries) == json.dumps(again) and len(probe) >= 250  # deterministic
     swapped = [scenes.phrasings(dict(kind='pair', nouns=n, relation='left')) for n in (['cat', 'dog'], ['dog', 'cat'])]
     assert not set(swapped[0]) & set(swapped[1])
     assert 'an owl at the top and a cat at the bottom' in scenes.phrasings(dict(kind='pair', nouns=['owl', 'cat'], relation='above'))
     assert 'three mice' in scenes.phrasings(dict(kind='count', nouns=['mouse'], relation=3))
     assert scenes.phrasings(dict(kind='single', nouns=['apple'], relation='left'))[0] == 'an apple on the left'
+    assert scenes.phrasings(dict(kind='whole', nouns=['owl'], relation='all'))[0] == 'an owl'
+    assert scenes.phrasings(dict(kind='mixed', nouns=['mouse', 'star'], relation=2))[0] == 'two mice and a star'
