@@ -12,7 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from .core import Block, Encoded, InputError
+from .core import InputError
+from .speech import Reader
 
 # %% ../nbs/04_image.ipynb #df65e0db
 def square(picture,  # PIL image
@@ -64,7 +65,7 @@ class ConvBlock(nn.Module):
 
 
 class ImageTower(nn.Module):
-    "Pixels to tokens, from scratch: four halvings (a token per 16 x 16 pixels), row and column codes, [CLS], attention blocks."
+    "Pixels to tokens, from scratch: four halvings (a token per 16 x 16 pixels), row and column codes, a Reader."
 
     def __init__(self,
                  config,          # Config: width, heads, dropout, image_depth
@@ -77,17 +78,13 @@ class ImageTower(nn.Module):
         self.stem = nn.Sequential(first, *(ConvBlock(*pair) for pair in zip(channels, channels[1:])))
         self.norm_tokens = nn.LayerNorm(config.width)
         self.rows, self.columns = (nn.Parameter(torch.randn(side, config.width)) for _ in range(2))  # std 1: as loud as a token
-        self.cls = nn.Parameter(torch.randn(config.width) * .02)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.image_depth))
-        self.norm = nn.LayerNorm(config.width)
+        self.reader = Reader(config, config.image_depth)
 
     def forward(self,
                 features,      # (B, 3, size, size) pixels in 0..1
                 lengths=None,  # ignored: pictures have no padding
                ):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True), P = (size / 16)^2, row by row."
-        x = self.norm_tokens(rearrange(self.stem(4 * features - 2), "b w y x -> b y x w"))  # (B, y, x, w); 0..1 -> -2..2
-        x = rearrange(x + self.rows[:, None] + self.columns, "b y x w -> b (y x) w")       # (B, P, w)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)                              # (B, 1+P, w)
-        for block in self.blocks: x = block(x)
-        return Encoded(self.norm(x), torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        codes = rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")           # (P, w)
+        x = rearrange(self.stem(4 * features - 2), "b w y x -> b (y x) w")                 # (B, P, w); 0..1 -> -2..2
+        return self.reader(self.norm_tokens(x), codes, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))

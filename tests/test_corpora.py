@@ -65,6 +65,24 @@ def test_what_a_manifest_says_is_what_is_loaded(place):
     assert corpus.pictures[0].group == -1 and corpus.pictures[-1].group == corpus.pictures[-2].group == data[-1]["group"]
 
 
+def test_pictures_of_one_meaning_share_an_id_and_are_never_negatives(place):
+    from speechimg.data import epoch_batches
+    from speechimg.mining import negative_probabilities
+    from speechimg.sic import id_targets
+
+    data = json.loads(FILES["test.json"])["data"]
+    for number, entry in enumerate(data):
+        entry["meaning"] = 5 + number // 2
+    corpus = load_corpus(place(FILES | {"test.json": json.dumps({"data": data}).encode()}), "test")
+    assert [picture.id for picture in corpus.pictures] == [5 + number // 2 for number in range(len(data))]
+    ids = torch.tensor([corpus.pictures[caption.image].id for caption in corpus.captions])
+    alike = ids[:, None] == ids
+    assert not negative_probabilities(torch.zeros(len(ids), len(ids)), ids)[alike].any() and (id_targets(ids, ids)[alike] > 0).all()
+    features = type("Features", (), {"ids": ids, "groups": torch.full_like(ids, -1), "lengths": torch.ones(len(ids)).numpy()})
+    for batch in epoch_batches(features, 3, torch.Generator().manual_seed(0)):
+        assert len(set(ids[batch].tolist())) == 3  # at most one caption of a meaning
+
+
 def check_pairing(pair):
     "pair(corpus) -> picture of each caption, right for a corpus with no, one, two or six captions a picture (pitfall 30)."
     with tempfile.TemporaryDirectory() as folder:
@@ -170,6 +188,9 @@ WRONG = {
     "wrong type: text": (lambda data: data[0]["captions"][0].update(text=["a"]), ["'text'"]),
     "wrong type: concepts": (lambda data: data[0].update(concepts=[1]), ["'concepts'"]),
     "wrong type: group": (lambda data: data[0].update(group=True), ["'group'", "True"]),
+    "wrong type: meaning": (lambda data: [entry.update(meaning="x" if place == 1 else place) for place, entry in enumerate(data)], ["'meaning'", "'x'"]),
+    "negative meaning": (lambda data: [entry.update(meaning=-1 if place == 1 else place) for place, entry in enumerate(data)], ["'meaning'", "-1"]),
+    "meaning of one only": (lambda data: data[1].update(meaning=4), ["'meaning'", "entry 0"]),
     "wrong type: scene": (lambda data: data[0].update(scene="x"), ["'scene'"]),
     "no wav": (lambda data: data[0]["captions"][0].pop("wav"), ["'wav'"]),
     "no image": (lambda data: data[0].pop("image"), ["'image'"]),

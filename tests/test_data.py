@@ -104,6 +104,7 @@ def test_features_say_what_the_corpus_says(corpus, features):
     "picture, expected",
     [
         (Simple(scene={"kind": "count", "nouns": ["bee"], "relation": 3}, concepts=["bee"]), 3),
+        (Simple(scene={"kind": "mixed", "nouns": ["bee", "cow"], "relation": 3}, concepts=["bee", "cow"]), 4),
         (Simple(scene={"kind": "pair", "nouns": ["a", "b"], "relation": "left"}, concepts=["a", "b"]), 2),
         (Simple(scene=None, concepts=["bee"]), 1),
         (Simple(scene=None, concepts=[]), 0),

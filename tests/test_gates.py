@@ -300,6 +300,19 @@ def test_gate_finds_the_defect(project, name, spoil, message):
     assert all("\n" not in line for line in findings)
 
 
+def test_looks_sideways(project):
+    "What the table allows passes; the same look from another room does not. And the table allows nothing that nobody needs."
+    (project / "speechimg" / "speech.py").write_text("x = 1\n")
+    (project / "speechimg" / "image.py").write_text("from .speech import x\n")
+    for name in ("03_speech", "04_image", "09_sim"):
+        save(project, name, notebook("Room", name[3:]))
+    assert gates.gate_floors(project).findings == []
+    (project / "speechimg" / "sim.py").write_text("from .speech import x\n")
+    assert gates.gate_floors(project).findings == ["speechimg/sim.py:1: imports speech, which is not on a floor below"]
+    for name, others in gates.NEIGHBOURS.items():
+        assert others <= {other for other, _ in gates.imports(ROOT / "speechimg" / f"{name}.py")}
+
+
 def test_every_gate_has_a_defect():
     assert {name for name, _, _ in DEFECTS} == set(gates.GATES)
 

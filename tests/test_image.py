@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.testing import assert_close
-from tower_checks import check_copy, check_gradients, check_order, make
+from tower_checks import check_copy, check_depth_0, check_gradients, check_order, make, mean_peak, no_peak
 
+from speechimg import speech
 from speechimg.core import Config, InputError
 from speechimg.image import ImageTower, Pixels, square
-from speechimg.pretrained import square as light_square
 
 
 # ------------------------------------------------------------------------------------------------ square
@@ -55,8 +55,7 @@ def check_square(way):
             assert (out[:10] if width > height else out[:, :10]).min() > 250, "the margin is not white"
 
 
-@pytest.mark.parametrize("way", [square, light_square])
-def test_square(way): check_square(way)
+def test_square(): check_square(square)
 
 
 @pytest.mark.parametrize("mutant", [cropped, stretched, mirrored, blackened])
@@ -116,7 +115,7 @@ def test_codes_belong_to_rows_and_columns():
     tokens = tower(torch.rand(1, 3, 96, 96)).tokens[0, 1:]
     for row in range(6):
         for column in range(6):
-            assert_close(tokens[6 * row + column], tower.norm(tower.rows[row] + tower.columns[column]))
+            assert_close(tokens[6 * row + column], tower.reader.norm(tower.rows[row] + tower.columns[column]))
 
 
 def test_codes_are_as_loud_as_tokens():
@@ -141,6 +140,21 @@ def test_place_is_seen(size):
         with pytest.raises(AssertionError): check_order(tower, x, x.flip(3))
 
 
+def check_small_thing(tower):
+    "[CLS] of a fresh tower notices one patch of 36 on a plain background."
+    plain = torch.full((1, 3, 96, 96), 0.5)
+    spot = plain.clone(); spot[..., 32:48, 64:80] = 1.
+    with torch.no_grad(): before, after = (tower(x).tokens[0, 0] for x in (plain, spot))
+    assert (after - before).norm() > 0.4 * before.norm(), "one patch of 36 fades"
+
+
+@pytest.mark.parametrize("mutant", [None, mean_peak, no_peak])
+def test_small_thing_is_seen(mutant, monkeypatch):
+    if mutant is None: return check_small_thing(make(ImageTower))
+    monkeypatch.setattr(speech, "peak", mutant)
+    with pytest.raises(AssertionError): check_small_thing(make(ImageTower))
+
+
 def check_alone(tower):
     x = torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): assert_close(tower(x[1:2]).tokens, tower(x).tokens[1:2], rtol=0, atol=1e-5)
@@ -160,4 +174,6 @@ def test_shapes_and_mask():
 
 def test_everything_learns(): check_gradients(make(ImageTower), torch.rand(3, 3, 96, 96))
 def test_teacher_can_be_copied(): check_copy(make(ImageTower), torch.rand(3, 3, 96, 96))
+def test_depth_0(): check_depth_0(ImageTower, torch.rand(3, 3, 96, 96))
+def test_odd_width(): assert ImageTower(Config(width=9, heads=3))(torch.rand(2, 3, 96, 96)).tokens.shape == (2, 37, 9)  # nothing walks both ways here
 def test_sizes(): assert 1e6 < sum(p.numel() for p in ImageTower(Config(width=192, image_depth=2)).parameters()) < 2e6

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
-from tower_checks import check_copy, check_gradients, check_order, check_padding, deafen, make
+from tower_checks import WaysBackThroughPadding, check_copy, check_depth_0, check_gradients, check_order, check_padding, deafen, leaky_peak, make, no_peak
 
-from speechimg import pretrained
+from speechimg import pretrained, speech
 from speechimg.core import Config, InputError
 from speechimg.pretrained import LightImage, LightImageTower, LightSpeech, LightSpeechTower, lite_network, onnx_session
 
@@ -124,6 +124,15 @@ def test_missing_package_is_named(module, package, work, monkeypatch):
     with pytest.raises(InputError, match=f"pip install {package}$"): work()
 
 
+def test_onnx_threads_do_not_spin(monkeypatch):
+    "A thread that waits in a loop takes the core of another process."
+    import onnxruntime
+    seen = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: seen.append(options))
+    onnx_session.__wrapped__("melspectrogram", 0)
+    assert seen[0].get_session_config_entry("session.intra_op.allow_spinning") == "0" and seen[0].intra_op_num_threads == torch.get_num_threads()
+
+
 def test_missing_parent_package():
     with pytest.raises(InputError, match="pip install no-such$"): pretrained.package_folder("no_such_parent.child", "no-such")
 
@@ -212,14 +221,6 @@ FRAMES, LENGTHS, PATCHES = torch.randn(3, 20, 96, generator=GENERATOR), torch.te
 def test_padding_reaches_nothing(): check_padding(make(LightSpeechTower))
 
 
-class WaysBackThroughPadding(torch.nn.Module):
-    "Spoilt: a recurrent layer whose way back starts in the padding."
-    def __init__(self, gru): super().__init__(); self.gru = gru
-    def forward(self, packed):
-        x, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
-        return torch.nn.utils.rnn.pack_padded_sequence(self.gru(x)[0], lengths, batch_first=True, enforce_sorted=False), None
-
-
 def uncleaned(x, mask):
     "Spoilt: what a norm or a convolution makes of padding stays; only garbage goes."
     return x.masked_fill(~(x.abs() < 1e3), 0.)
@@ -243,18 +244,47 @@ def check_company(tower):
     with torch.no_grad(): assert_close(tower(x[1:, :5]).tokens[0], tower(x, lengths).tokens[1, :6], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, mutant", [("clean", uncleaned), ("peak", lambda tokens, mask: tokens.mean(1))])
-def test_padding_mutants_of_parts(name, mutant, monkeypatch):
+@pytest.mark.parametrize("room, name, mutant", [(pretrained, "clean", uncleaned), (speech, "peak", leaky_peak), (speech, "peak", lambda tokens, mask: tokens.mean(1))])
+def test_padding_mutants_of_parts(room, name, mutant, monkeypatch):
     tower = make(LightSpeechTower)
     tower.norm_frames.bias.data.fill_(1.)                                                   # after the norm, padding is 1, not 0
     check_company(tower)
-    monkeypatch.setattr(pretrained, name, mutant)
+    monkeypatch.setattr(room, name, mutant)
     with pytest.raises(AssertionError): check_company(tower)
 
 
-def test_peak_by_hand():
-    tokens = torch.tensor([[[1., -5.], [3., -2.], [9., 9.]]])
-    assert pretrained.peak(tokens, torch.tensor([[True, True, False]])).tolist() == [[3., 0.]]
+def test_names_that_trained_models_use():
+    names, reader = set(make(LightSpeechTower).state_dict()), {"cls", "before.weight", "after.weight", "blocks.1.norm_self.weight", "norm.weight"}
+    assert {"order.weight_ih_l0", "order.weight_hh_l0_reverse", "order.bias_ih_l0", "norm_order.weight", "norm_frames.bias", "convolutions.1.weight"} <= names
+    for kind in (LightSpeechTower, LightImageTower): assert {f"reader.{name}" for name in reader} <= set(make(kind).state_dict())
+
+
+def test_speech_tower_by_hand():
+    "The same numbers with torch's own layers, one clip at a time, packing nothing: what trained models rely on."
+    tower = make(LightSpeechTower)
+    together = tower(FRAMES, LENGTHS)
+    for clip, length, tokens in zip(FRAMES, LENGTHS.tolist(), together.tokens):
+        x = tower.norm_frames(clip[None, :length])
+        for convolution in tower.convolutions: x = torch.nn.functional.gelu(convolution(x.mT).mT)
+        x = tower.norm_words(x)
+        x = x + tower.norm_order(torch.nn.GRU.forward(tower.order, x)[0])
+        expected = tower.reader(x, pretrained.position_codes(length, 16), torch.ones(1, length, dtype=torch.bool))
+        assert_close(tokens[:1 + length], expected.tokens[0], rtol=0, atol=1e-5)
+
+
+def test_odd_width():
+    with pytest.raises(InputError, match="is odd.*choose an even width"): LightSpeechTower(Config(width=9, heads=3))
+    assert LightImageTower(Config(width=9, heads=3))(PATCHES).tokens.shape == (3, 37, 9)     # nothing walks both ways here
+
+
+@pytest.mark.parametrize("kind, inputs", [(LightSpeechTower, (FRAMES, LENGTHS)), (LightImageTower, (PATCHES,))])
+def test_a_cls_without_peak_is_noticed(kind, inputs, monkeypatch):
+    monkeypatch.setattr(speech, "peak", no_peak)
+    with pytest.raises(AssertionError, match="reader.before.weight does not learn"): check_gradients(make(kind), *inputs)
+
+
+@pytest.mark.parametrize("kind, inputs", [(LightSpeechTower, (FRAMES, LENGTHS)), (LightImageTower, (PATCHES,))])
+def test_depth_0(kind, inputs): check_depth_0(kind, *inputs)
 
 
 @pytest.mark.parametrize("kind, inputs", [(LightSpeechTower, (FRAMES, LENGTHS)), (LightImageTower, (PATCHES,))])

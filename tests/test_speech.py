@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
-from tower_checks import TINY, check_copy, check_gradients, check_order, check_padding, deafen, make
+from tower_checks import (TINY, WaysBackThroughPadding, check_copy, check_depth_0, check_gradients, check_order, check_padding, deafen, leaky_peak, make,
+                          mean_peak, no_peak)
 
 from speechimg import speech
-from speechimg.core import Config
-from speechimg.speech import ConvBlock, LogMel, MaskedBatchNorm, SpeechTower, frame_mask, position_codes
+from speechimg.core import Config, InputError
+from speechimg.speech import ConvBlock, LogMel, MaskedBatchNorm, MaskedGRU, Reader, SpeechTower, frame_mask, peak, position_codes
 
 
 # ------------------------------------------------------------------------------------------------ LogMel
@@ -136,6 +137,98 @@ def test_conv_block_padding(length, padding):
     assert_close(company[:, :alone.shape[1]], alone, rtol=0, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ the recurrent layer
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 4))
+def test_masked_gru_equals_a_gru_on_each_clip(lengths, padding):
+    torch.manual_seed(sum(lengths))
+    walker, clips = MaskedGRU(6), [torch.randn(length, 6) for length in lengths]
+    x = F.pad(nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=torch.nan), (0, 0, 0, padding), value=torch.nan)
+    walked = walker(x, frame_mask(torch.tensor(lengths), x))
+    assert walked.shape == x.shape
+    for row, clip in zip(walked, clips):
+        assert_close(row[:len(clip)], nn.GRU.forward(walker, clip[None])[0][0])             # the oracle: one clip, no padding
+        assert not row[len(clip):].any()
+
+
+def check_walk(walker):
+    "Alone as in company, whatever the padding holds."
+    x, mask = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([[True] * 9, [True] * 3 + [False] * 6])
+    with torch.no_grad(): assert_close(walker(x, mask)[1:, :3], walker(x[1:, :3], mask[1:, :3]), rtol=0, atol=1e-6)
+
+
+def test_way_back_starts_at_the_last_frame():
+    torch.manual_seed(0)
+    walker = MaskedGRU(4)
+    check_walk(walker)
+    with pytest.raises(AssertionError): check_walk(WaysBackThroughPadding(walker))
+
+
+def test_masked_gru_stays_in_float32():
+    walker, x = MaskedGRU(4), torch.randn(2, 5, 4)
+    plain = walker(x, frame_mask(None, x))
+    with torch.autocast("cpu", torch.bfloat16): mixed = walker(x, frame_mask(None, x))
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
+    assert walker(x.bfloat16(), frame_mask(None, x)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make_it", [lambda: MaskedGRU(7), lambda: SpeechTower(Config(width=9, heads=3))])
+def test_odd_width_is_refused(make_it):
+    with pytest.raises(InputError, match="is odd.*choose an even width"): make_it()
+
+
+# ------------------------------------------------------------------------------------------------ peak and reader
+
+def test_peak_by_hand():
+    tokens = torch.tensor([[[1., -5.], [3., -2.], [9., 9.]]])
+    assert peak(tokens, torch.tensor([[True, True, False]])).tolist() == [[3., 0.]]
+    assert peak(tokens * torch.nan, torch.zeros(1, 3, dtype=torch.bool)).tolist() == [[0., 0.]]
+
+
+def test_reader_without_blocks_by_hand():
+    "Depth 0: [CLS] is its own start, plus the peak before codes are added, plus the peak after; the rest is token plus code."
+    torch.manual_seed(0)
+    reader = Reader(Config(width=8, heads=2), 0)
+    tokens, codes, mask = torch.randn(2, 5, 8), torch.randn(5, 8), frame_mask(torch.tensor([5, 2]), torch.zeros(2, 5))
+    out = reader(tokens.masked_fill(~mask[..., None], torch.nan), codes, mask)
+    for row, length in enumerate((5, 2)):
+        valid = tokens[row, :length]
+        before, after = (x.max(0).values.clamp(min=0) for x in (valid, valid + codes[:length]))
+        assert_close(out.tokens[row, 0], reader.norm(reader.cls + reader.before(before) + reader.after(after)))
+        assert_close(out.tokens[row, 1:1 + length], reader.norm(valid + codes[:length]))
+        assert not out.tokens[row, 1 + length:].any() and out.mask[row].sum() == 1 + length
+
+
+class Alone(nn.Module):
+    "A reader as a tower, with codes of nothing."
+    def __init__(self, config): super().__init__(); self.reader = Reader(config, config.speech_depth)
+    def forward(self, tokens): return self.reader(tokens, torch.zeros(tokens.shape[1:]), frame_mask(None, tokens))
+
+
+def loud(n): return F.pad(torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(7)), (0, 0, 2, n - 3))
+
+
+def check_peak(tower):
+    "[CLS] notices one loud token among zeros, and nearly as well in an input many times as long."
+    with torch.no_grad():
+        moved = [(tower(loud(n)).tokens[:, 0] - tower(torch.zeros(1, n, 16)).tokens[:, 0]).norm(dim=1).mean() for n in (9, 250)]
+    assert moved[1] > 0.4 * moved[0] > 0.04, "what is there fades"
+
+
+def test_peak_does_not_fade(): check_peak(make(Alone))
+
+
+@pytest.mark.parametrize("mutant", [mean_peak, no_peak])
+def test_peak_mutants(mutant, monkeypatch):
+    monkeypatch.setattr(speech, "peak", mutant)
+    with pytest.raises(AssertionError): check_peak(make(Alone))
+
+
+def test_a_cls_without_peak_is_noticed(monkeypatch):
+    monkeypatch.setattr(speech, "peak", no_peak)
+    with pytest.raises(AssertionError, match="reader.before.weight does not learn"): check_gradients(make(SpeechTower), torch.randn(3, 33, 64), torch.tensor([33, 20, 5]))
+
+
 # ------------------------------------------------------------------------------------------------ the tower
 
 class PlainNorm(nn.Module):
@@ -156,7 +249,8 @@ class LeakyNorm(MaskedBatchNorm):
 
 def spoil(mutant):
     tower = make(SpeechTower)
-    if mutant == "attention sees padding": deafen(tower.blocks)
+    if mutant == "attention sees padding": deafen(tower.reader.blocks)
+    elif mutant == "recurrence sees padding": tower.order = WaysBackThroughPadding(tower.order)
     else:
         kind = {"group norm over time": PlainNorm, "batch norm over padding": PlainBatchNorm, "convolution sees padding": LeakyNorm}[mutant]
         for block in tower.stem: block.norm_down, block.norm_same = kind(block.down.out_channels).eval(), kind(block.same.out_channels).eval()
@@ -169,9 +263,18 @@ def tokens_of(length): return math.ceil(length / 8)
 def test_padding_reaches_nothing(): check_padding(make(SpeechTower), tokens_of=tokens_of)
 
 
-@pytest.mark.parametrize("mutant", ["group norm over time", "convolution sees padding", "attention sees padding"])
+@pytest.mark.parametrize("mutant", ["group norm over time", "convolution sees padding", "attention sees padding", "recurrence sees padding"])
 def test_padding_mutants(mutant):
     with pytest.raises(AssertionError): check_padding(spoil(mutant), tokens_of=tokens_of)
+
+
+@pytest.mark.parametrize("mutant", [leaky_peak, lambda tokens, mask: tokens.mean(1)])
+def test_peak_over_padding_is_noticed(mutant, monkeypatch):
+    tower = make(SpeechTower)
+    tower.norm_tokens.bias.data.fill_(1.)                                                  # after the norm, padding is 1, not 0
+    check_padding(copy.deepcopy(tower), tokens_of=tokens_of)
+    monkeypatch.setattr(speech, "peak", mutant)
+    with pytest.raises(AssertionError): check_padding(tower, tokens_of=tokens_of)
 
 
 def check_statistics(tower):
@@ -200,10 +303,26 @@ def two_sounds():
     return torch.cat([edge, first, silence, second, edge], 1), torch.cat([edge, second, silence, first, edge], 1)
 
 
-@pytest.mark.parametrize("size", [0., 0.02])
+def without_recurrence():
+    tower = make(SpeechTower)
+    tower.norm_order.weight.data.zero_()
+    return tower
+
+
+@pytest.mark.parametrize("size", [1., 0.02, 0.])
 def test_order_mutants(size, monkeypatch):
+    "Without the recurrent layer all depends on the codes, and on how loud they are."
     monkeypatch.setattr(speech, "position_codes", lambda length, width: size * position_codes(length, width))
-    with pytest.raises(AssertionError): check_order(make(SpeechTower), *two_sounds())
+    if size == 1.: check_order(without_recurrence(), *two_sounds())
+    else:
+        with pytest.raises(AssertionError): check_order(without_recurrence(), *two_sounds())
+
+
+def test_recurrent_layer_hears_order(monkeypatch):
+    "Without codes it is all that hears it. In a fresh tower it has forgotten most after a second of silence, so little is asked for."
+    monkeypatch.setattr(speech, "position_codes", lambda length, width: torch.zeros(length, width))
+    check_order(make(SpeechTower), *two_sounds(), least=0.005)
+    with pytest.raises(AssertionError): check_order(without_recurrence(), *two_sounds(), least=0.005)
 
 
 def test_position_codes():
@@ -217,6 +336,7 @@ def test_position_codes():
 
 def test_everything_learns(): check_gradients(make(SpeechTower), torch.randn(3, 33, 64), torch.tensor([33, 20, 5]))
 def test_teacher_can_be_copied(): check_copy(make(SpeechTower), torch.randn(3, 33, 64), torch.tensor([33, 20, 5]))
+def test_depth_0(): check_depth_0(SpeechTower, torch.randn(3, 33, 64), torch.tensor([33, 20, 5]))
 
 
 def test_nothing_of_the_front_end_is_saved():

@@ -420,8 +420,7 @@ def test_batches_go_on_where_they_stopped():
 
 
 def test_singles_first():
-    config = Config(batch_size=4, steps=12)
-    config.singles_first = 5
+    config = Config(batch_size=4, steps=12, singles_first=5)
     levels = [toy_features().levels[indices].tolist() for _, _, indices in batches(config, toy_features())]
     assert levels[:5] == [[1] * 4] * 5 and any(2 in level for level in levels[5:]) and len(levels) == 12
     assert list(batches(config, toy_features(), 7)) == list(batches(config, toy_features()))[7:]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from speechimg.core import Attention, Config
+from speechimg.core import Attention, Config, clean
 
 TINY = Config(width=16, heads=2, speech_depth=2, image_depth=2, dropout=0.1)
 
@@ -42,10 +42,10 @@ def check_padding(tower, frames=40, tokens_of=lambda length: length):
         assert_close(together.tokens[index, :alone.tokens.shape[1]], alone.tokens[0], rtol=0, atol=1e-5)
 
 
-def check_order(tower, x, traded):
+def check_order(tower, x, traded, least=0.035):
     "Things that trade places move [CLS] by far more than rounding does."
     with torch.no_grad(): there, back = (tower(y).tokens[:, 0] for y in (x, traded))
-    assert ((there - back).norm(dim=1) / there.norm(dim=1)).mean() > 0.035, "order is not heard"
+    assert ((there - back).norm(dim=1) / there.norm(dim=1)).mean() > least, "order is not heard"
 
 
 def check_gradients(tower, *inputs):
@@ -76,3 +76,26 @@ class Deaf(nn.Module):
 
 def deafen(blocks):
     for index, block in enumerate(blocks): blocks[index] = Deaf(block)
+
+
+class WaysBackThroughPadding(nn.Module):
+    "A spoilt MaskedGRU: its way back starts in the padding, which is set to zero before and after."
+    def __init__(self, gru): super().__init__(); self.gru = gru
+    def forward(self, x, mask): return clean(nn.GRU.forward(self.gru, clean(x, mask))[0], mask)
+
+
+def leaky_peak(tokens, mask):
+    "A spoilt peak: what a norm or a convolution makes of padding takes part; only garbage goes."
+    return tokens.masked_fill(~(tokens.abs() < 1e3), 0.).amax(1).relu()
+
+
+def mean_peak(tokens, mask): return clean(tokens, mask).mean(1)
+def no_peak(tokens, mask): return torch.zeros_like(tokens[:, 0])
+
+
+def check_depth_0(kind, *inputs):
+    "Without attention blocks a tower still works, and [CLS] still hears of the content."
+    tower = make(kind, speech_depth=0, image_depth=0)
+    check_gradients(tower, *inputs)
+    cls = tower.eval()(*inputs).tokens[:, 0]
+    assert (cls[0] - cls[1]).abs().max() > 1e-3

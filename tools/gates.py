@@ -33,7 +33,11 @@ FLOORS = [
     {"train", "explore"},
     {"cli", "benchmark", "course"},
 ]
-NEIGHBOURS = {"corpora": {"data"}}  # the one allowed look sideways
+NEIGHBOURS = {  # the allowed looks sideways
+    "corpora": {"data"},
+    "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
+    "pretrained": {"speech", "image"},  # the same, and the white square of 04
+}
 
 SKIPPING = {"notest", "gpu", "slow"}  # tst_flags of settings.ini
 REASON = re.compile(r"(?i)\b(?:needs?|takes?|skipped|because|seconds?|minutes?|hours?)\b")
