@@ -114,6 +114,8 @@ class Config:
     singles_first: int = setting(0, low=0)              # for so many steps only captions of a single thing: words before sentences
     siblings: float = setting(0.5, low=0, high=1)       # share of a batch drawn as groups of sibling scenes ...
     siblings_start_step: int = setting(0, low=0)        # ... from the first epoch that starts at this step or later
+    siblings_late: float = setting(0.5, low=0, high=1)  # that share ...
+    siblings_late_step: int = setting(0, low=0)         # ... from the first epoch that starts here or later; 0 = never
     captions_per_image: int = setting(1, low=0)         # captions of one image in one batch; 0 = no limit
     augment: bool = setting(True)                       # change every training batch a little
     precision: str = setting("float32", choices=("float32", "bfloat16"))
@@ -147,7 +149,6 @@ class Config:
         values = read_json(path)
         try: return cls.from_dict(values)
         except InputError as error: raise InputError(f"{path}: {error.where}", error.problem, error.remedy) from None
-
     def to_dict(self): return asdict(self)
     def save(self, path): write_json(path, self.to_dict())
 

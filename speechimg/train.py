@@ -53,7 +53,7 @@ def batches(config, features, start=0):  # Config, data.Features, first step wan
         end = singles if step < singles else config.steps                  # at first only captions of a single thing, if so wished
         kept = (features.levels == 1).nonzero()[:, 0] if step < singles else torch.arange(len(features))
         part = SimpleNamespace(ids=features.ids[kept], groups=features.groups[kept], lengths=features.lengths[kept.numpy()])
-        siblings = config.siblings if step >= config.siblings_start_step else 0.  # what things are called first, how they are arranged later
+        siblings = 0. if step < config.siblings_start_step else config.siblings_late if 0 < config.siblings_late_step <= step else config.siblings
         order = epoch_batches(part, config.batch_size, generator_for(config.seed, 0, epoch), config.captions_per_image, siblings)
         for rows in order[:end - step]:
             if step >= start: yield step, epoch, kept[rows].tolist()

@@ -426,6 +426,24 @@ def test_singles_first():
     assert list(batches(config, toy_features(), 7)) == list(batches(config, toy_features()))[7:]
 
 
+def test_the_share_of_siblings_follows_its_schedule(monkeypatch):
+    import speechimg.train as module
+    asked, real = [], module.epoch_batches
+
+    def note(features, size, generator, most, siblings):
+        asked.append(siblings)
+        return real(features, size, generator, most, siblings)
+
+    monkeypatch.setattr(module, "epoch_batches", note)
+    config = Config(batch_size=8, steps=25, siblings=1.0, siblings_start_step=5, siblings_late=0.25, siblings_late_step=15)
+    starts = {epoch: step for step, epoch, _ in reversed(list(batches(config, toy_features())))}   # epoch -> its first step
+    wanted = [0.0 if start < 5 else 1.0 if start < 15 else 0.25 for _, start in sorted(starts.items())]
+    assert asked == wanted and set(wanted) == {0.0, 1.0, 0.25}
+    asked.clear()
+    list(batches(Config(batch_size=8, steps=25, siblings=0.5), toy_features()))
+    assert set(asked) == {0.5}                                                 # 0 = never
+
+
 def test_limit_keeps_siblings_together(workshop):
     from speechimg.corpora import load_corpus
     corpus = load_corpus(workshop.corpus, "train")

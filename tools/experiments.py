@@ -2,8 +2,8 @@
 
     python tools/experiments.py [NAME ...]    # appends to data/experiments.jsonl; a line that is there is not measured again
 
-Each run is `speechimg train --corpus scenes` with the reference's settings, cut to 1,000 steps with matching left out (it starts later),
-then one change. The figures are of the validation split: coarse R@1, R@5 and R@10, speech to picture, and the swap probe.
+Each run is `speechimg train --corpus scenes` with the reference's settings, cut to 600 steps with matching left out (it starts later) and
+siblings from step 300 on; then one change. The figures are of the validation split: coarse R@1, R@5 and R@10, speech to picture, and the swap probe.
 """
 
 import json
@@ -11,13 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-STEPS = 1000
+STEPS = 600
 RUNS = {
     "reference settings": {},
     "siblings from the first step": {"siblings_start_step": 0},
     "no siblings drawn together": {"siblings": 0.0},
     "teacher and queue from the first steps": {"student_steps": 0, "queue_warmup_steps": 300},
-    "matching from the first step": {"sim_start_step": 0},
+    "single things only, for 200 steps": {"singles_first": 200},
     "dropout 0.1": {"dropout": 0.1},
     "no augmentation": {"augment": False},
     "learning rate 0.0005": {"learning_rate": 0.0005},
@@ -30,7 +30,8 @@ def run(name: str, change: dict, out: Path) -> dict:
     from speechimg.train import train
 
     settings = read_json(Path("data/models/reference/train.json")) | {
-        "steps": STEPS, "student_steps": STEPS, "queue_warmup_steps": STEPS, "sim_start_step": STEPS, "evaluate_every": STEPS, "checkpoint_every": STEPS,
+        "steps": STEPS, "student_steps": STEPS, "queue_warmup_steps": STEPS, "sim_start_step": STEPS, "siblings_start_step": STEPS // 2,
+        "evaluate_every": STEPS, "checkpoint_every": STEPS,
     } | change  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     metrics = read_json(train(Config.from_dict(settings), "scenes", out, progress=False) / "metrics.json")
