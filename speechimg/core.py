@@ -122,7 +122,7 @@ class Config:
     seed: int = setting(0, low=0)                       # all randomness starts here
     evaluate_every: int = setting(500, low=1)           # steps between validations
     checkpoint_every: int = setting(500, low=1)         # steps between checkpoints
-    score_mode: str = setting("sim", choices=("sim", "sum"))  # re-rank by matching alone, or matching + similarity
+    score_mode: str = setting("sim", choices=("sim", "sum", "logits"))  # re-rank by matching alone, matching + cosine, or matching + cosine / temperature
 
     def __post_init__(self):
         for item in fields(self): setattr(self, item.name, checked(item, getattr(self, item.name)))

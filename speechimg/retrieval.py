@@ -135,7 +135,8 @@ def two_stages(model, embeddings, k=16, direction="speech_to_image"):  # as abov
     "Scores before and after re-ranking: twice (n_speech, n_image), or (n_image, n_speech) for image to speech."
     coarse = embeddings.speech @ embeddings.image.T                                              # (n, d) x (d, m), cosines
     if direction == "image_to_speech": coarse = coarse.T
-    return coarse, rerank(coarse, pair_scorer(model, embeddings, direction), k, model.config.score_mode)
+    scaled, mode = (coarse / model.temperature.item(), "sum") if model.config.score_mode == "logits" else (coarse, model.config.score_mode)
+    return coarse, rerank(scaled, pair_scorer(model, embeddings, direction), k, mode)
 
 # %% ../nbs/12_retrieval.ipynb #2cd0efdf
 def swap_trials(probe, corpus, features):  # list from corpora.load_probe, the split it is about, its data.Features

@@ -520,16 +520,18 @@ def test_swapped_directions_are_caught(mini):
     caught(check, "speech_to_image")
 
 
-@pytest.mark.parametrize("mode", ["sim", "sum"])
+@pytest.mark.parametrize("mode", ["sim", "sum", "logits"])
 def test_two_stages_follow_the_config(mini, mode):
     model = tiny_model(mode)
+    model.temperature.data.fill_(0.02)
     embeddings = embed(model, mini.features)
     coarse, fine = two_stages(model, embeddings, 4)
-    wished = loop_rerank(coarse, lambda q, c: torch.tensor([one_pair(model, embeddings, q.item(), c.item())]), 4, mode)
+    scaled, mode = (coarse / 0.02, "sum") if mode == "logits" else (coarse, mode)
+    wished = loop_rerank(scaled, lambda q, c: torch.tensor([one_pair(model, embeddings, q.item(), c.item())]), 4, mode)
     assert orders_of(fine) == wished
     coarse_back, fine_back = two_stages(model, embeddings, 4, "image_to_speech")
     assert torch.equal(coarse_back, coarse.T)
-    assert orders_of(fine_back) == loop_rerank(coarse.T, lambda q, c: torch.tensor([one_pair(model, embeddings, c.item(), q.item())]), 4, mode)
+    assert orders_of(fine_back) == loop_rerank(scaled.T, lambda q, c: torch.tensor([one_pair(model, embeddings, c.item(), q.item())]), 4, mode)
 
 
 def test_evaluation_has_exactly_the_promised_form(mini):
