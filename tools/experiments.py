@@ -47,7 +47,7 @@ def main(names: list[str]) -> None:
     for name in names or RUNS:
         if name in known:
             continue
-        line = run(name, RUNS[name], Path("runs/experiment"))
+        line = run(name, RUNS[name], Path("runs", "experiment-" + name.replace(" ", "-").replace(",", "")))
         print(line, flush=True)
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
