@@ -405,20 +405,20 @@ def answers(command, place):
     model = load_model(place / "model")
     gallery = open_gallery(model, folder)
     waves = [torch.from_numpy(speak(("red circle",))), torch.from_numpy(GOOD)]
-    return [cli.Answer(title, wave, gallery[0], search(model, wave, gallery, top=4, rerank=3)) for title, wave in zip(("<b>one</b>", '"zwölf"'), waves)]
+    return [cli.Answer(title, wave, gallery[0], search(model, wave, gallery, top=5, rerank=3)) for title, wave in zip(("<b>one</b>", '"zwölf"'), waves)]
 
 
 def test_the_page_stands_alone_and_cannot_be_injected(answers, tmp_path):
     cli.write_page(tmp_path / "page.html", answers, "Found & heard")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Outline(text)
-    assert page.open == [] and "script" not in page.tags and page.tags.count("section") == 2 and page.tags.count("figure") == 8 and page.tags.count("audio") == 2
+    assert page.open == [] and "script" not in page.tags and page.tags.count("section") == 2 and page.tags.count("figure") == 10 and page.tags.count("audio") == 2
     assert not [value for value in page.values if value[1].startswith("on")]
     sources = [value for _, name, value in page.values if name in ("src", "href")]
-    assert len(sources) == 2 + 2 + 8 and all(value.startswith(("data:image/webp;base64,", "data:audio/wav;base64,")) for value in sources)
+    assert len(sources) == 2 + 2 + 10 and all(value.startswith(("data:image/webp;base64,", "data:audio/wav;base64,")) for value in sources)
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text) and "url(" not in text and "viewport" in text
     assert {"<b>one</b>", '"zwölf"'} <= set(page.words) and "Found & heard" in page.words and {"a & b.png", "<script>alert(1)<.png"} <= set(page.words)
-    assert sum(word == "not re-ranked" for word in page.words) == 2
+    assert sum(word == "not re-ranked" for word in page.words) == 4
     assert len(text) < 300_000
 
 
