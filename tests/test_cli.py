@@ -430,7 +430,7 @@ def test_the_page_holds_the_sound_and_the_pictures(answers, tmp_path):
     waves = [soundfile.read(io.BytesIO(data), dtype="float32") for kind, data in content if kind == "audio/wav"]
     for (wave, rate), answer in zip(waves, answers): assert rate == 16_000 and np.abs(wave - answer.wave.numpy()).max() < 1e-4
     images = [Image.open(io.BytesIO(data)) for kind, data in content if kind == "image/webp"]
-    assert [image.size for image in images] == [(720, 144), *[(96, 96)] * 4] * 2
+    assert [image.size for image in images] == [(720, 144), *[(96, 96)] * 5] * 2
     for image in images: image.load()
 
 
