@@ -18,9 +18,7 @@ RUNS = {
     "no siblings drawn together": {"siblings": 0.0},
     "teacher and queue from the first steps": {"student_steps": 0, "queue_warmup_steps": 300},
     "single things only, for 200 steps": {"singles_first": 200},
-    "dropout 0.1": {"dropout": 0.1},
     "no augmentation": {"augment": False},
-    "learning rate 0.0005": {"learning_rate": 0.0005},
 }
 
 
