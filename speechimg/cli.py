@@ -87,7 +87,7 @@ def write_page(path, answers, heading="Spoken words, and the pictures found"):  
         for answer in answers)
     page = (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>{escape(heading)}</title>'
-        f"<style>{STYLE}</style><h1>{escape(heading)}</h1><p>coarse: cosine of two vectors, computed for every picture; fine: matching score of the best few, which "
+        f"<style>{STYLE}</style><h1>{escape(heading)}</h1><p>coarse: cosine of two vectors, computed for every picture; fine: score of the best few, sound and picture read together, which "
         f"decides their order. Bars run from the lowest to the highest score shown.</p>{sections}</html>")
     with atomic_write(path) as file: file.write(page.encode("utf-8", "replace"))                 # a file name may hold bytes that are no text
 
@@ -191,7 +191,7 @@ class Search:
         corpus, images = open_gallery(model, self.gallery)
         for line in corpus.skipped: print(f"skipped {line}", file=sys.stderr)
         hits = search(model, wave, (corpus, images), self.top, self.rerank)
-        print(f"rank coarse   cosine matching  picture, of {len(corpus.pictures):,} in {self.gallery}")
+        print(f"rank coarse   cosine     fine  picture, of {len(corpus.pictures):,} in {self.gallery}")
         for hit in hits: print(f"{hit.rank:4}{hit.before:7}{hit.coarse:9.2f}{'' if hit.fine is None else format(hit.fine, '.2f'):>9}  {hit.path}",
                                f"({', '.join(concepts)})" if (concepts := corpus.pictures[hit.picture].concepts) else "")
         if self.save:
