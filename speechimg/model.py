@@ -18,7 +18,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from .core import Config, Encoded, InputError, atomic_write
+from .attention import Encoded
+
+from .core import Config, InputError, atomic_write
 from .distillation import alpha_ramp, soft_targets
 from .image import ImageTower
 from .mining import sample_negatives

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .core import InputError, clean
+from .attention import clean
+
+from .core import InputError
 from .image import square
 from .speech import MaskedGRU, Reader, frame_mask, position_codes
 

@@ -9,7 +9,7 @@ __all__ = ['MultimodalEncoder', 'sim_loss']
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import Block
+from .attention import Block
 
 # %% ../nbs/09_sim.ipynb #a262af84
 class MultimodalEncoder(nn.Module):

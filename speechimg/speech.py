@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .core import Block, Encoded, InputError, clean
+from .attention import Block, Encoded, clean
+
+from .core import InputError
 
 # %% ../nbs/03_speech.ipynb #0e24d4ae
 @cache

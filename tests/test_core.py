@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from speechimg import core
-from speechimg.core import Attention, Block, Config, InputError, atomic_write
+from speechimg.attention import Attention, Block, clean
+from speechimg.core import Config, InputError, atomic_write
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -250,7 +251,7 @@ class ZerosAreNothing(Attention):
     "Zero tokens instead of a mask: their score is the bias' score, not minus infinity."
 
     def forward(self, x, context=None, mask=None):
-        return super().forward(x, core.clean(x if context is None else context, mask))
+        return super().forward(x, clean(x if context is None else context, mask))
 
 
 class SmallConstant(Attention):
@@ -314,7 +315,7 @@ class NoSelfMask(Block):
 
     def forward(self, x, mask=None, context=None, context_mask=None):
         out = super().forward(x, None, context, context_mask)
-        return out if mask is None else core.clean(out, mask)
+        return out if mask is None else clean(out, mask)
 
 
 class LeavesRubbish(Block):

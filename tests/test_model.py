@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import speechimg.model as model_room
-from speechimg.core import Config, Encoded, InputError
+from speechimg.attention import Encoded
+from speechimg.core import Config, InputError
 from speechimg.data import Batch
 from speechimg.model import Alignment, SpeechImageModel, encode, gather
 from speechimg.queue import make_teacher, update_momentum

@@ -16,7 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import speechimg.retrieval as room
-from speechimg.core import Config, Encoded, InputError
+from speechimg.attention import Encoded
+from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus, load_probe
 from speechimg.data import speech_mask
 from speechimg.model import SpeechImageModel

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from speechimg.core import Attention
+from speechimg.attention import Attention
 from speechimg.sim import MultimodalEncoder, sim_loss
 
 

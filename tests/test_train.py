@@ -20,7 +20,8 @@ from miniature import make_corpus
 from torch import nn
 
 import speechimg.train as train_room
-from speechimg.core import Block, Config, Encoded, InputError, read_json
+from speechimg.attention import Block, Encoded
+from speechimg.core import Config, InputError, read_json
 from speechimg.data import sha256, speech_mask
 from speechimg.model import Alignment, SpeechImageModel
 from speechimg.train import (COLUMNS, batches, checkpoints, latest_checkpoint, learning_rate, make_optimizer, prepare, save_checkpoint,

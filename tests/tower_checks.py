@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from speechimg.core import Attention, Config, clean
+from speechimg.attention import Attention, clean
+
+from speechimg.core import Config
 
 TINY = Config(width=16, heads=2, speech_depth=2, image_depth=2, dropout=0.1)
 

@@ -27,6 +27,7 @@ from notebooks import ROOT, body, directives, source
 # The floors of the house. A module imports only from floors below its own, and from NEIGHBOURS.
 FLOORS = [
     {"core"},
+    {"attention"},
     {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation"},
     {"model"},
     {"retrieval"},
@@ -83,13 +84,13 @@ def exported_name(path: Path) -> str | None:
     return next((name for name in names if name), None)
 
 
-def numbers(root: Path) -> dict[str, int]:
-    "The number of each module: that of its notebook."
+def numbers(root: Path) -> dict[str, float]:
+    "The number of each module: that of its notebook; 05b comes after 05 and before 06."
     found = {}
     for path in notebooks.paths(root):
-        name, digits = exported_name(path), path.name.partition("_")[0]
-        if name and digits.isdigit():
-            found[name] = int(digits)
+        name, place = exported_name(path), re.match(r"(\d+)([a-z]?)_", path.name)
+        if name and place:
+            found[name] = int(place[1]) + (ord(place[2]) - ord("`")) / 100 if place[2] else int(place[1])
     return found
 
 
@@ -197,7 +198,7 @@ def gate_floors(root: Path) -> Report:
             if other == name or other not in floor:
                 findings.append(f"{where}, which is no other module of the house")
             elif number.get(other, -1) >= number.get(name, 1000):
-                findings.append(f"{where}, whose number is not lower ({number[other]:02} in {number[name]:02})")
+                findings.append(f"{where}, whose number is not lower ({number[other]:g} in {number[name]:g})")
             elif floor[other] >= floor[name] and other not in NEIGHBOURS.get(name, set()):
                 findings.append(f"{where}, which is not on a floor below")
     return Report(findings, f"{count} imports between {len(modules(root))} modules, all downwards")
