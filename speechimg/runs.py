@@ -7,7 +7,6 @@ __all__ = ['COLUMNS', 'checkpoints', 'save_checkpoint', 'latest_checkpoint', 're
            'draw_curves']
 
 # %% ../nbs/12b_runs.ipynb #a6fde718
-import math
 import os
 import shutil
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .core import InputError, atomic_write, read_json, set_theme, write_json
+from .core import atomic_write, read_json, set_theme, write_json
 from .data import sha256
 
 # %% ../nbs/12b_runs.ipynb #33e0bcda

@@ -155,7 +155,7 @@ class Steps(torch.utils.data.Dataset):
         try: parts = [collate(self.features, part) for part in share(mine, self.config.accumulate)]
         except InputError as error: return step, epoch, error, None         # an exception would not survive the journey from a worker
         if self.config.augment: parts = [augment(part, generator) for part in parts]
-        if self.world.size > 1: generator = generator_for(self.config.seed, 4, step)   # negatives are drawn alike everywhere
+        if self.world.size > 1: generator = generator_for(self.config.seed, 1, step)   # negatives are drawn alike everywhere
         return step, epoch, parts, generator.get_state()
 
 

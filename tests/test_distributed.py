@@ -146,7 +146,7 @@ def test_a_training_by_two_processes_is_that_of_one(mini, alone):
 def test_killed_rank_ends_the_job_and_one_process_goes_on(mini):
     "SIGKILL of rank 1 in the middle: soon over, one clear line, the checkpoint intact; one process goes on from it to the end."
     out = mini.parent / "killed"
-    more = ("--set", "steps=400", "--set", "evaluate_every=400")
+    more = ("--set", "steps=120", "--set", "evaluate_every=120")
     job = subprocess.Popen(training(2, mini, out, *more), env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         until = time.monotonic() + 120
@@ -168,7 +168,7 @@ def test_killed_rank_ends_the_job_and_one_process_goes_on(mini):
     step = latest_checkpoint(out)[0]["step"]
     run(1, mini, out, "--resume", *more)
     log = pd.read_csv(out / "log.csv")
-    assert latest_checkpoint(out)[0]["step"] == 400 and log["step"].tolist() == list(range(1, 401)) and log["loss"].notna().all() and step < 400
+    assert latest_checkpoint(out)[0]["step"] == 120 and log["step"].tolist() == list(range(1, 121)) and log["loss"].notna().all() and step < 120
 
 
 @pytest.mark.slow
