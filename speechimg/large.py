@@ -6,7 +6,7 @@
 __all__ = ['CLIP', 'Blip2Eyes', 'of_transformers', 'blip2_facts', 'load_blip2', 'WholePixels', 'Blip2Patches', 'Blip2Tower',
            'paper_towers']
 
-# %% ../nbs/05b_large.ipynb #168f6961
+# %% ../nbs/05b_large.ipynb #77eebdb7
 import json
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .hubert import Frozen, HubertTower, set_dropout
 from .image import Pixels, square
 from .speech import Reader
 
-# %% ../nbs/05b_large.ipynb #35a1b168
+# %% ../nbs/05b_large.ipynb #f959f86a
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and spread of the colours that BLIP-2 was trained with
 
 
@@ -51,10 +51,13 @@ def of_transformers(name, model, call):  # class in transformers, BLIP-2 on the 
     "What a call gives; whatever goes wrong becomes an InputError with a remedy."
     try: import transformers
     except ImportError: raise InputError("transformers", "BLIP-2 needs this package, and it is not installed", "pip install 'speechimg[pretrained]'") from None
+    loud = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it reports the language model, which we leave out on purpose, as unexpected
     try: return call(getattr(transformers, name))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(model, f"is no BLIP-2 that can be had as safetensors ({str(error)[:160]})",
                          "check the name and the network, or download it on another machine and give the folder as image_model") from None
+    finally: transformers.logging.set_verbosity(loud)
 
 
 def blip2_facts(model):  # a hub id, a folder or "tiny"
@@ -64,6 +67,9 @@ def blip2_facts(model):  # a hub id, a folder or "tiny"
         sizes = dict(vision_config=size | dict(image_size=32, patch_size=8, initializer_range=.05), num_query_tokens=4,
                      qformer_config=size | dict(cross_attention_frequency=1))
         return of_transformers("Blip2Config", model, lambda kind: kind(**sizes)), *CLIP, "seed 0"
+    told = of_transformers("Blip2Config", model, lambda kind: kind.get_config_dict(model)[0])
+    if told.get("model_type") != "blip-2":  # transformers would take the sizes of blip2-opt-2.7b for whatever is not said
+        raise InputError(model, f"holds no BLIP-2 ({told.get('model_type') or 'no config.json'})", "give a BLIP-2 of the hub, such as Salesforce/blip2-opt-2.7b, or a folder with one")
     facts = of_transformers("Blip2Config", model, lambda kind: kind.from_pretrained(model))
     file, folder = None, Path(model)
     if folder.is_dir():
@@ -95,7 +101,7 @@ def load_blip2(model,         # a hub id, a folder or "tiny"
         if missing: raise InputError(model, f"lacks {len(missing)} weights of the image tower, such as {sorted(missing)[0]}", "give a complete BLIP-2")
     return Blip2Eyes(network, qformer, mean, spread)
 
-# %% ../nbs/05b_large.ipynb #8ca1b380
+# %% ../nbs/05b_large.ipynb #1ff4bb6e
 class WholePixels(Pixels):
     "Front end: the picture itself, at any size; the network runs later, on the device."
     def __init__(self, size): self.size = size  # side in pixels, as the checkpoint wants it: 364 is no multiple of 16
@@ -143,7 +149,8 @@ class Blip2Tower(nn.Module):
             self.backbone = load_blip2(model, qformer, weights) if backbone is None else backbone
             set_dropout(self.backbone.train(), config.dropout)
             parts = [(self.backbone.vision, "vision")] + ([(self.backbone.qformer, "qformer")] if qformer else [])
-            for part, _ in parts if config.checkpointing else []: part.gradient_checkpointing_enable({"use_reentrant": False})
+            for part, _ in parts if config.checkpointing else []:                           # the newer name, or the older
+                (getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable)({"use_reentrant": False})
             rungs = {name: [(f"backbone.{name}.encoder.{layers}.{layer}.",) for layer in range(len(getattr(part.encoder, layers)))]
                      for part, name in parts for layers in ("layers", "layer") if hasattr(part.encoder, layers)}
             rungs["vision"][-1] += ("backbone.vision.post_layernorm.",)
