@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
-from tower_checks import Deaf, check_padding
+from tower_checks import Deaf, check_order, check_padding
 
 from speechimg import hubert, large
 from speechimg.core import Config, InputError
@@ -192,6 +192,16 @@ def test_a_forgotten_mask_is_caught(monkeypatch):
     with pytest.raises(AssertionError): check_padding(tower(cache_towers=False), frames=5_000, tokens_of=hubert_frames)
 
 
+def test_order_is_heard_and_seen(monkeypatch):
+    frames = torch.randn(4, 20, 96)
+    check_order(tower(), frames, frames.flip(1))
+    for qformer, tokens in ((False, 17), (True, 4)):
+        patches = torch.randn(4, tokens, 32)
+        check_order(tower(Blip2Tower, qformer=qformer), patches, patches.flip(1))
+    monkeypatch.setattr(hubert, "position_codes", lambda length, width: torch.zeros(length, width))
+    with pytest.raises(AssertionError): check_order(tower(), frames, frames.flip(1))
+
+
 # Loudness
 
 
@@ -304,6 +314,13 @@ def test_a_frozen_network_is_one_and_in_no_checkpoint():
         assert next(moved.on("cpu").parameters()).dtype == torch.float32                # .double(), .float() of a teacher do not reach it
 
 
+def test_a_second_copy_of_the_network_would_be_noticed(monkeypatch):
+    monkeypatch.delattr(Frozen, "__deepcopy__")
+    live = tower(cache_towers=False)
+    live(*batch(live, [sound(900)]))
+    assert copy.deepcopy(live).frozen.on("cpu") is not live.frozen.on("cpu")
+
+
 def test_a_network_is_loaded_only_when_needed(tmp_path, monkeypatch):
     count = []
     monkeypatch.setattr(hubert, "load_hubert", lambda *arguments: count.append(1) or load_hubert("tiny"))
@@ -352,6 +369,17 @@ def test_the_whole_picture_network_learns(qformer):
     sight = tower(Blip2Tower, finetune="image", qformer=qformer).train()
     (sight(pixels(sight, [picture(), picture(32, 48)])).tokens * torch.randn(16)).square().sum().backward()
     for name, parameter in sight.named_parameters(): assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_old_weight_norm_forbade_copies():
+    convolution = nn.utils.weight_norm(nn.Conv1d(4, 4, 3), dim=2)                         # what torchaudio's models once had
+    convolution(torch.randn(1, 4, 9))
+    with pytest.raises(RuntimeError): copy.deepcopy(convolution)
+    state = {name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): tensor
+             for name, tensor in network().state_dict().items()}
+    assert any("weight_g" in name for name in state)
+    load_hubert("tiny").load_state_dict(state)                                            # such files still load
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
