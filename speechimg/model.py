@@ -18,6 +18,7 @@ from torch import nn
 
 from .core import Config, InputError, atomic_write
 from .image import ImageTower
+from .large import paper_towers
 from .pretrained import LightImageTower, LightSpeechTower
 from .sim import MultimodalEncoder
 from .speech import SpeechTower
@@ -26,6 +27,7 @@ from .speech import SpeechTower
 def build_towers(config):  # Config; .towers chooses the size
     "The (speech tower, image tower) that a config asks for."
     if config.towers == "light": return LightSpeechTower(config), LightImageTower(config)
+    if config.towers == "paper": return paper_towers(config)
     return SpeechTower(config), ImageTower(config)
 
 # %% ../nbs/11_model.ipynb #8a7ba1c6
