@@ -28,14 +28,15 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation"},
+    {"data", "store", "layouts", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation"},
     {"model"},
     {"retrieval"},
     {"train", "explore"},
     {"cli", "benchmark", "course"},
 ]
 NEIGHBOURS = {  # the allowed looks sideways
-    "corpora": {"data"},
+    "layouts": {"store"},
+    "corpora": {"data", "store", "layouts"},
     "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
     "pretrained": {"speech", "image"},  # the same, and the white square of 04
 }
