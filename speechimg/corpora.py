@@ -135,7 +135,7 @@ def load_corpus(name_or_path, split,  # "scenes", "stamps", or a folder or .zip 
                     uttid, wav, *facts = typed(one, "uttid", str, where), typed(one, "wav", str, where), *(typed(one, key, str, where, "") for key in ("text", "speaker", "language"))
                     captions.append(Caption(once("uttid", uttid, where), there(wav, where), *facts, len(pictures) - 1))
     short = [f"{there:,} of {wanted:,} {what}" for there, wanted, what in zip((len(pictures), len(captions)), told.expected, ("pictures", "captions")) if wanted not in (None, there)]
-    error = InputError(f"{store.root} {split}", f"holds {' and '.join(short)}", "restore what is missing, or take results on it for those of a part") if short else None
+    error = InputError(f"{store.root} {split}", f"holds {' and '.join(short)}", "restore what is missing, or report its results as those of a part") if short else None
     if error and complete: raise error
     if error and complete is None: warnings.warn(str(error))
     return Corpus(store.root.stem, split, pictures, captions, store, skipped, told.sources, error and str(error))
