@@ -123,7 +123,7 @@ def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in trai
         try: out.mkdir(parents=True, exist_ok=True)
         except OSError as error: raise InputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write") from None
         for stale in out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()  # a run was killed while it wrote
-    data = {f"{split}.json": sha256(part.read(f"{split}.json")) for split, part in parts.items()} | {"recordings": sha256("\n".join(features["train"].uttids))}
+    data = {f"{split}.json": part.fingerprint() for split, part in parts.items()} | {"recordings": sha256("\n".join(features["train"].uttids))}
     if config.queue_size > len(features["train"]):
         warnings.warn(f"queue_size {config.queue_size} is more than the {len(features['train'])} recordings: its oldest entries are stale copies")
     lengths = (0, 0)

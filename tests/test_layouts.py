@@ -542,3 +542,19 @@ def test_the_shipped_configurations_are_these(root):
 
 def test_scenes_small_is_what_the_shipped_model_was_trained_with(root):
     assert Config.load("scenes-small") == Config.load(root / "data" / "models" / "small" / "train.json")
+
+
+# All the way
+
+
+@pytest.mark.parametrize("name", ["flickr8k", "spokencoco", "places 2020"])
+def test_a_training_runs_on_a_layout(tmp_path, name, fresh_cache):
+    from speechimg.train import train
+
+    path = write_files(tmp_path / "mini", FILES[name])
+    settings = {"towers": "small", "width": 32, "dim": 16, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "heads": 2, "queue_size": 4, "batch_size": 2,
+                "warmup_steps": 1, "evaluate_every": 1, "checkpoint_every": 1}  # fmt: skip
+    out = train(Config.from_dict(settings | {"steps": 2}), path, tmp_path / "run", progress=False)
+    data = json.loads((out / "metrics.json").read_text())["data"]
+    corpora = {split: load_corpus(path, split) for split in ("train", "val")}
+    assert {f"{split}.json": corpus.fingerprint() for split, corpus in corpora.items()}.items() <= data.items()
