@@ -31,7 +31,7 @@ FLOORS = [
     {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation"},
     {"model"},
     {"retrieval"},
-    {"train", "explore"},
+    {"train", "explore", "plan", "page"},
     {"cli", "benchmark", "course"},
 ]
 NEIGHBOURS = {  # the allowed looks sideways
