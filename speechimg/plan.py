@@ -6,12 +6,8 @@
 __all__ = ['SHARE', 'SPEED', 'PER_PICTURE', 'Live', 'numberless', 'random_batch', 'shapes', 'rehearse', 'empty_towers', 'ready',
            'profile_step', 'plan', 'amount', 'report', 'assumed', 'measure', 'most_held', 'fill']
 
-# %% ../nbs/13c_plan.ipynb #c5157ea7
-import math
-import os
-import tempfile
-import time
-import weakref
+# %% ../nbs/13c_plan.ipynb #b02199e5
+import math, os, tempfile, time, warnings, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +28,12 @@ from .model import SpeechImageModel, build_towers
 from .sic import sic_loss, similarity_logits
 from .sim import sim_loss
 
-# %% ../nbs/13c_plan.ipynb #9ab0979e
+# %% ../nbs/13c_plan.ipynb #ec5f5806
 class Live(TorchDispatchMode):
     "Counts the bytes of all tensors made inside it: .now, and the most at any moment, .peak. Each piece of memory once, views not at all."
 
-    def __init__(self,
-                 known=(),     # tensors from before, whose memory is counted elsewhere
-                 blind=False,  # tensors hold no numbers, so that a question for one is answered here
-                ):
+    def __init__(self, known=(),  # tensors from before, whose memory is counted elsewhere
+                 blind=False):    # tensors hold no numbers, so that a question for one is answered here
         super().__init__()
         self.blind, self.now, self.peak, self.sizes = blind, 0, 0, {one.untyped_storage()._cdata: 0 for one in known}
 
@@ -56,7 +50,6 @@ class Live(TorchDispatchMode):
 
     def gone(self, key): self.now -= self.sizes.pop(key)
 
-
 @contextmanager
 def numberless():
     "Inside it tensors have a shape and a type but no numbers, so that a billion parameters take no memory."
@@ -65,15 +58,16 @@ def numberless():
     mode.__deepcopy__ = lambda memo: mode                                                    # the teacher is a deep copy, and lives in the same mode
     try:
         torch.nn.Module._apply = lambda module, change, recurse=True: module                 # .float() and .to(): all is float32 on the CPU already
-        with mode, no_init_weights(), Live(blind=True): yield
+        with mode, no_init_weights(), Live(blind=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                                  # about tensors without an address
+            yield
     finally: torch.nn.Module._apply = convert
 
-# %% ../nbs/13c_plan.ipynb #a98a5cb0
+# %% ../nbs/13c_plan.ipynb #216ba6f2
 def random_batch(model, pairs, seconds):  # SpeechImageModel, B, length of every recording
     "A data.Batch of noise, in the shapes that the model's front ends give; every pair has an image of its own."
     speech, image = shapes(model, seconds)
     return Batch(torch.randn(pairs, *speech), torch.full((pairs,), speech[0]), torch.rand(pairs, *image), torch.arange(pairs), [str(row) for row in range(pairs)])
-
 
 def shapes(model, seconds):
     "Shapes of what the front ends give for one recording of that length, (T, F), and for one picture."
@@ -82,7 +76,7 @@ def shapes(model, seconds):
     tokens = len(tower.codes) if hasattr(tower, "codes") else len(tower.rows) * len(tower.columns) + len(getattr(tower, "cls", ()))  # Q-Former; rows, columns, [CLS]
     return (speech.frames(round(seconds * SAMPLE_RATE)), speech.feature_dim), (3, image.size, image.size) if image.feature_dim == 3 else (tokens, image.feature_dim)
 
-# %% ../nbs/13c_plan.ipynb #d8b642db
+# %% ../nbs/13c_plan.ipynb #777c1725
 def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
     "The loss of one training step with everything switched on, but no number decides what is done, so that tensors without numbers will do."
     config, model, queue, size = alignment.config, alignment.model, alignment.queue, len(batch.ids)
@@ -106,7 +100,7 @@ def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
         logits = model.match(gather((side.tokens, rows) for side, rows in heard), gather((side.mask, rows) for side, rows in heard), gather(seen))
     return sic.loss + sim_loss(*logits.split([size, len(anchor), len(anchor)]))
 
-# %% ../nbs/13c_plan.ipynb #97ccf99e
+# %% ../nbs/13c_plan.ipynb #f92514b8
 def empty_towers(config):  # Config
     "(speech tower, image tower) with random weights: nothing is downloaded. A BLIP-2 whose sizes are not on this machine is taken for a ViT-g, as all published ones are."
     if config.towers != "paper": return build_towers(config)
@@ -124,16 +118,15 @@ def empty_towers(config):  # Config
         if image.frozen: image.frozen.network = load_blip2(config.image_model, config.qformer, False)
     return speech, image
 
-
 def ready(config, pairs, seconds, device="cpu"):  # Config, B, length of every recording
     "(Alignment in training mode, batch of noise), both on the device."
     model = SpeechImageModel(config, *empty_towers(config))
     batch, lengths = random_batch(model, pairs, seconds), (0, 0)
     if config.token_slots:
-        with torch.no_grad(): lengths = [side.tokens.shape[1] for side in encode(model.eval(), replace(batch, speech=batch.speech[:1], speech_lengths=batch.speech_lengths[:1], image=batch.image[:1]))]
+        with torch.no_grad(): lengths = [side.tokens.shape[1] for side in encode(model.eval(), random_batch(model, 1, seconds))]
     return Alignment(model, *lengths).to(device).train(), batch.to(device)
 
-# %% ../nbs/13c_plan.ipynb #337156d6
+# %% ../nbs/13c_plan.ipynb #3c62eaef
 def profile_step(config, pairs, seconds):  # Config, B, length of every recording
     "What a step on B pairs takes: numbers and bytes of the parts, bytes beyond those (peak, saved for backward), operations."
     fake = config.towers == "paper"                                                          # the other towers are small enough to be real
@@ -159,18 +152,16 @@ def profile_step(config, pairs, seconds):  # Config, B, length of every recordin
                   "teacher": size(alignment.teacher.parameters()) + size(alignment.teacher.buffers()), "queue": size(alignment.queue.buffers()) - tokens, "tokens": tokens},
         "shapes": shapes(model, seconds), "batch": size(given), "saved": saved, "peak": live.peak, "flops": counter.get_total_flops()}
 
-# %% ../nbs/13c_plan.ipynb #97c5ecbe
+# %% ../nbs/13c_plan.ipynb #0cfdb0a0
 SHARE = 0.9  # of a GPU's memory that a plan fills: the rest is for CUDA itself, for buffers inside operations, and for holes between tensors
 SPEED = {"bfloat16": 100., "float32": 10.}  # 10^12 operations per second really done, an assumption for a large GPU; small batches and slow disks lower it
 PER_PICTURE = 5  # recordings per picture, as in Flickr8k and SpokenCOCO
-
 
 def plan(config,               # Config
          pairs=30_000,         # recordings in the train split
          seconds=4.1,          # mean length of a recording; memory is for the longest, config.max_seconds
          memory=80.,           # of one GPU, in GiB
-         tflops=None,          # 10^12 operations per second; SPEED when left out
-        ):
+         tflops=None):         # 10^12 operations per second; SPEED when left out
     "What a training will need, as a dictionary for JSON. Raises InputError."
     for name, value in (("pairs", pairs), ("seconds", seconds), ("memory", memory), ("tflops", 1. if tflops is None else tflops)):
         if not (value > 0 and math.isfinite(value)): raise InputError(f"--{name}", f"{value} is no size", "give a number above 0")
@@ -194,12 +185,11 @@ def plan(config,               # Config
         "disk": {"per_recording": 2 * frames * size, "per_picture": math.prod(picture) * (1 if picture[0] == 3 else 2), "recordings": 2 * frames * size * pairs,
                  "pictures": math.prod(picture) * (1 if picture[0] == 3 else 2) * -(-pairs // PER_PICTURE)}}
 
-# %% ../nbs/13c_plan.ipynb #b96a040c
+# %% ../nbs/13c_plan.ipynb #ea3b4a2b
 def amount(value, unit="B"):  # a number of bytes or operations
     "Readable: 1,500,000 -> 1.5 MB."
     power = min(5, max(0, int(math.log10(max(value, 1)) // 3)))
     return f"{value / 1000 ** power:.{0 if power == 0 else 3 - len(str(int(value / 1000 ** power)))}f} {' kMGTP'[power].strip()}{unit}"
-
 
 def report(result):  # from plan
     "The figures as lines to read."
@@ -220,14 +210,13 @@ def report(result):  # from plan
     if result.get("assumed"): lines.append(("assumed in the config", ", ".join(result["assumed"])))
     return "\n".join(f"{name:28}{text}" for name, text in lines)
 
-
 def assumed(config):  # path or name as in Config.load, or None
     "Names of the settings that a config file itself calls assumed."
     if config is None: return []
     shipped = data_dir() / "configs" / f"{config}.json"
     return list(read_json(shipped if not Path(config).exists() and not Path(config).suffix and shipped.exists() else config).get("assumed", []))
 
-# %% ../nbs/13c_plan.ipynb #e9b32375
+# %% ../nbs/13c_plan.ipynb #ab370de4
 def measure(config, pairs, steps=3):  # Config: max_seconds is the length of every recording; pairs at once
     "Really train on noise: {bytes: the most memory held at any moment, saved: bytes kept for backward, seconds: of the fastest step}."
     device, times, saved = default_device(), [], {}
@@ -238,9 +227,7 @@ def measure(config, pairs, steps=3):  # Config: max_seconds is the length of eve
         (alignment, batch), generator = ready(config, pairs, config.max_seconds, device), torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW([one for one in alignment.model.parameters() if one.requires_grad], lr=1e-5, fused=True)
         fill(alignment.queue)
-        def keep(tensor):
-            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
+        keep = lambda tensor: (saved.update({tensor.untyped_storage()._cdata: tensor.untyped_storage()}), tensor)[1]
         for step in range(steps):
             begin = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if step == 0 else nullcontext():
@@ -252,16 +239,12 @@ def measure(config, pairs, steps=3):  # Config: max_seconds is the length of eve
             optimizer.zero_grad(); output.loss.backward(); optimizer.step(); alignment.update(output)
             if device.type == "cuda": torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-    if device.type == "cuda": peak = torch.cuda.max_memory_allocated() - before
-    else: peak = most_held(watch)
-    return {"bytes": peak, "saved": total, "seconds": min(times[1:] or times)}
-
+    return {"bytes": torch.cuda.max_memory_allocated() - before if device.type == "cuda" else most_held(watch), "saved": total, "seconds": min(times[1:] or times)}
 
 def most_held(profiler):  # torch.profiler.profile with profile_memory, finished
     "The most bytes that torch's CPU allocator held at any moment."
     events = sorted((one.start_ns(), one.nbytes()) for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]")
     return max(np.cumsum([size for _, size in events]), default=0)
-
 
 def fill(queue):  # EmbeddingQueue
     "Noise in every slot, under ids that no picture of the batch has."

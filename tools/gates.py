@@ -28,7 +28,7 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed"},
+    {"data", "corpora", "speech", "image", "pretrained", "hubert", "large", "queue", "sic", "mining", "sim", "distillation", "distributed"},
     {"model"},
     {"alignment", "retrieval"},
     {"runs"},
@@ -39,6 +39,8 @@ NEIGHBOURS = {  # the allowed looks sideways
     "corpora": {"data"},
     "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
     "pretrained": {"speech", "image"},  # the same, and the white square of 04
+    "hubert": {"speech"},  # the paper's towers end with the same reader
+    "large": {"speech", "image", "hubert"},  # its eyes, and both together
 }
 
 SKIPPING = {"notest", "gpu", "slow"}  # tst_flags of settings.ini
