@@ -6,7 +6,7 @@
 __all__ = ['SHARE', 'SPEED', 'PER_PICTURE', 'Live', 'numberless', 'random_batch', 'shapes', 'rehearse', 'empty_towers', 'ready',
            'profile_step', 'plan', 'amount', 'report', 'assumed', 'measure', 'most_held', 'fill']
 
-# %% ../nbs/13c_plan.ipynb #b02199e5
+# %% ../nbs/13c_plan.ipynb #955f49e6
 import math, os, tempfile, time, warnings, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -28,7 +28,7 @@ from .model import SpeechImageModel, build_towers
 from .sic import sic_loss, similarity_logits
 from .sim import sim_loss
 
-# %% ../nbs/13c_plan.ipynb #ec5f5806
+# %% ../nbs/13c_plan.ipynb #d63b84bc
 class Live(TorchDispatchMode):
     "Counts the bytes of all tensors made inside it: .now, and the most at any moment, .peak. Each piece of memory once, views not at all."
 
@@ -63,7 +63,7 @@ def numberless():
             yield
     finally: torch.nn.Module._apply = convert
 
-# %% ../nbs/13c_plan.ipynb #216ba6f2
+# %% ../nbs/13c_plan.ipynb #71c184af
 def random_batch(model, pairs, seconds):  # SpeechImageModel, B, length of every recording
     "A data.Batch of noise, in the shapes that the model's front ends give; every pair has an image of its own."
     speech, image = shapes(model, seconds)
@@ -76,7 +76,6 @@ def shapes(model, seconds):
     tokens = len(tower.codes) if hasattr(tower, "codes") else len(tower.rows) * len(tower.columns) + len(getattr(tower, "cls", ()))  # Q-Former; rows, columns, [CLS]
     return (speech.frames(round(seconds * SAMPLE_RATE)), speech.feature_dim), (3, image.size, image.size) if image.feature_dim == 3 else (tokens, image.feature_dim)
 
-# %% ../nbs/13c_plan.ipynb #777c1725
 def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
     "The loss of one training step with everything switched on, but no number decides what is done, so that tensors without numbers will do."
     config, model, queue, size = alignment.config, alignment.model, alignment.queue, len(batch.ids)
@@ -100,7 +99,7 @@ def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
         logits = model.match(gather((side.tokens, rows) for side, rows in heard), gather((side.mask, rows) for side, rows in heard), gather(seen))
     return sic.loss + sim_loss(*logits.split([size, len(anchor), len(anchor)]))
 
-# %% ../nbs/13c_plan.ipynb #f92514b8
+# %% ../nbs/13c_plan.ipynb #89d96529
 def empty_towers(config):  # Config
     "(speech tower, image tower) with random weights: nothing is downloaded. A BLIP-2 whose sizes are not on this machine is taken for a ViT-g, as all published ones are."
     if config.towers != "paper": return build_towers(config)
@@ -126,7 +125,7 @@ def ready(config, pairs, seconds, device="cpu"):  # Config, B, length of every r
         with torch.no_grad(): lengths = [side.tokens.shape[1] for side in encode(model.eval(), random_batch(model, 1, seconds))]
     return Alignment(model, *lengths).to(device).train(), batch.to(device)
 
-# %% ../nbs/13c_plan.ipynb #3c62eaef
+# %% ../nbs/13c_plan.ipynb #dd7b084f
 def profile_step(config, pairs, seconds):  # Config, B, length of every recording
     "What a step on B pairs takes: numbers and bytes of the parts, bytes beyond those (peak, saved for backward), operations."
     fake = config.towers == "paper"                                                          # the other towers are small enough to be real
@@ -152,20 +151,19 @@ def profile_step(config, pairs, seconds):  # Config, B, length of every recordin
                   "teacher": size(alignment.teacher.parameters()) + size(alignment.teacher.buffers()), "queue": size(alignment.queue.buffers()) - tokens, "tokens": tokens},
         "shapes": shapes(model, seconds), "batch": size(given), "saved": saved, "peak": live.peak, "flops": counter.get_total_flops()}
 
-# %% ../nbs/13c_plan.ipynb #0cfdb0a0
-SHARE = 0.9  # of a GPU's memory that a plan fills: the rest is for CUDA itself, for buffers inside operations, and for holes between tensors
+# %% ../nbs/13c_plan.ipynb #a7bbfd3a
+SHARE = 0.9  # of a GPU's memory that a plan fills: the rest is for CUDA itself, buffers inside operations, holes between tensors
 SPEED = {"bfloat16": 100., "float32": 10.}  # 10^12 operations per second really done, an assumption for a large GPU; small batches and slow disks lower it
 PER_PICTURE = 5  # recordings per picture, as in Flickr8k and SpokenCOCO
 
-def plan(config,               # Config
-         pairs=30_000,         # recordings in the train split
-         seconds=4.1,          # mean length of a recording; memory is for the longest, config.max_seconds
-         memory=80.,           # of one GPU, in GiB
-         tflops=None):         # 10^12 operations per second; SPEED when left out
+def plan(config, pairs=30_000,  # Config, recordings in the train split
+         seconds=4.1,           # mean length of a recording; memory is for the longest, config.max_seconds
+         memory=80.,            # of one GPU, in GiB
+         tflops=None):          # 10^12 operations per second; SPEED when left out
     "What a training will need, as a dictionary for JSON. Raises InputError."
     for name, value in (("pairs", pairs), ("seconds", seconds), ("memory", memory), ("tflops", 1. if tflops is None else tflops)):
         if not (value > 0 and math.isfinite(value)): raise InputError(f"--{name}", f"{value} is no size", "give a number above 0")
-    few, seconds = 8, min(seconds, config.max_seconds)
+    few, seconds = 2 if config.towers == "paper" else 8, min(seconds, config.max_seconds)
     small, large = (profile_step(config, n, config.max_seconds) for n in (few, 2 * few))
     usual, tflops = profile_step(config, few, seconds), tflops or SPEED[config.precision]
     needs = [one["peak"] + one["batch"] for one in (small, large)]
@@ -173,19 +171,18 @@ def plan(config,               # Config
     fixed = sum(small["bytes"].values()) + max(0, needs[0] - few * per_pair)
     micro, epoch = -(-config.batch_size // config.accumulate), max(1, pairs // config.batch_size)
     fits = max(0, int((SHARE * memory * 2**30 - fixed) // per_pair))
-    operations = usual["flops"] / few
-    (frames, size), picture = usual["shapes"]
+    operations, ((frames, size), picture) = usual["flops"] / few, usual["shapes"]
+    sound, sight = 2 * frames * size, math.prod(picture) * (1 if picture[0] == 3 else 2)     # bytes: float16, pixels uint8
     return {
         "parameters": small["parameters"], "bytes": small["bytes"], "fixed": round(fixed), "per_pair": round(per_pair), "saved_per_pair": round((large["saved"] - small["saved"]) / few),
         "memory": memory, "batch_size": config.batch_size, "micro_batch": micro, "needed": round(fixed + micro * per_pair), "largest_micro_batch": fits,
         "accumulate_needed": -(-config.batch_size // min(fits, config.batch_size)) if fits else None,
         "flops_per_pair": round(operations), "pairs": pairs, "steps": config.steps, "steps_per_epoch": epoch, "epochs": config.steps / epoch,
         "tflops": tflops, "precision": config.precision, "hours": config.steps * config.batch_size * operations / (tflops * 1e12) / 3600,
-        "seconds": seconds, "max_seconds": config.max_seconds,
-        "disk": {"per_recording": 2 * frames * size, "per_picture": math.prod(picture) * (1 if picture[0] == 3 else 2), "recordings": 2 * frames * size * pairs,
-                 "pictures": math.prod(picture) * (1 if picture[0] == 3 else 2) * -(-pairs // PER_PICTURE)}}
+        "seconds": seconds, "max_seconds": config.max_seconds, "in_memory": config.in_memory,
+        "disk": {"per_recording": sound, "per_picture": sight, "recordings": sound * pairs, "pictures": sight * -(-pairs // PER_PICTURE)}}
 
-# %% ../nbs/13c_plan.ipynb #ea3b4a2b
+# %% ../nbs/13c_plan.ipynb #1c7f3749
 def amount(value, unit="B"):  # a number of bytes or operations
     "Readable: 1,500,000 -> 1.5 MB."
     power = min(5, max(0, int(math.log10(max(value, 1)) // 3)))
@@ -206,17 +203,16 @@ def report(result):  # from plan
         ("time", f"{result['hours']:.2g} hours, if {result['tflops']:g} TFLOP/s are really reached (an assumption; {result['precision']}) and reading keeps up"),
         ("cache on disk", f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures "
                           f"({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)")]
+    if result["in_memory"]: lines.append(("", "in_memory true keeps all of it in the machine's memory, too"))
     if disk["recordings"] > 1e11: lines.append(("", "that is a large disk: speech_layers last keeps one layer instead of all; cache_towers false keeps none and computes them each time"))
     if result.get("assumed"): lines.append(("assumed in the config", ", ".join(result["assumed"])))
     return "\n".join(f"{name:28}{text}" for name, text in lines)
 
 def assumed(config):  # path or name as in Config.load, or None
     "Names of the settings that a config file itself calls assumed."
-    if config is None: return []
-    shipped = data_dir() / "configs" / f"{config}.json"
-    return list(read_json(shipped if not Path(config).exists() and not Path(config).suffix and shipped.exists() else config).get("assumed", []))
+    return [] if config is None else list(read_json(config if Path(config).exists() else data_dir() / "configs" / f"{config}.json").get("assumed", []))
 
-# %% ../nbs/13c_plan.ipynb #ab370de4
+# %% ../nbs/13c_plan.ipynb #83249353
 def measure(config, pairs, steps=3):  # Config: max_seconds is the length of every recording; pairs at once
     "Really train on noise: {bytes: the most memory held at any moment, saved: bytes kept for backward, seconds: of the fastest step}."
     device, times, saved = default_device(), [], {}
