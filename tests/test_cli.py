@@ -19,7 +19,7 @@ import torch
 from miniature import draw, image_bytes, make_corpus, make_files, speak, wav_bytes, write_files
 from PIL import Image
 
-from speechimg import cli
+from speechimg import cli, page
 from speechimg.core import Config, InputError
 from speechimg.model import SpeechImageModel
 
@@ -191,7 +191,7 @@ def test_an_older_result_survives_a_failure(command, place, tmp_path, monkeypatc
     files["wavs/test-003-0.wav"] = b"no sound"
     corpus = write_files(tmp_path / "bad", files)
     refused(command("evaluate", "--model", place / "model", "--corpus", corpus, "--json", "result.json"), "test-003-0.wav")
-    monkeypatch.setattr(cli, "card", lambda *_: 1 / 0)  # dies while the page is made
+    monkeypatch.setattr(page, "card", lambda *_: 1 / 0)  # dies while the page is made
     code, _, err = command("search", place / "query.wav", "--model", place / "model", "--gallery", place / "pictures", "--save", "page.html")
     assert code == 1 and err.count("\n") == 1 and "unexpected ZeroDivisionError" in err and "SPEECHIMG_TRACEBACK" in err
     assert (tmp_path / "result.json").read_text() == (tmp_path / "page.html").read_text() == "old"
@@ -405,26 +405,26 @@ def answers(command, place):
     model = load_model(place / "model")
     gallery = open_gallery(model, folder)
     waves = [torch.from_numpy(speak(("red circle",))), torch.from_numpy(GOOD)]
-    return [cli.Answer(title, wave, gallery[0], search(model, wave, gallery, top=5, rerank=3)) for title, wave in zip(("<b>one</b>", '"zwölf"'), waves)]
+    return [page.Answer(title, wave, gallery[0], search(model, wave, gallery, top=5, rerank=3)) for title, wave in zip(("<b>one</b>", '"zwölf"'), waves)]
 
 
 def test_the_page_stands_alone_and_cannot_be_injected(answers, tmp_path):
-    cli.write_page(tmp_path / "page.html", answers, "Found & heard")
+    page.write_page(tmp_path / "page.html", answers, "Found & heard")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page = Outline(text)
-    assert page.open == [] and "script" not in page.tags and page.tags.count("section") == 2 and page.tags.count("figure") == 10 and page.tags.count("audio") == 2
-    assert not [value for value in page.values if value[1].startswith("on")]
-    sources = [value for _, name, value in page.values if name in ("src", "href")]
+    outline = Outline(text)
+    assert outline.open == [] and "script" not in outline.tags and outline.tags.count("section") == 2 and outline.tags.count("figure") == 10 and outline.tags.count("audio") == 2
+    assert not [value for value in outline.values if value[1].startswith("on")]
+    sources = [value for _, name, value in outline.values if name in ("src", "href")]
     assert len(sources) == 2 + 2 + 10 and all(value.startswith(("data:image/webp;base64,", "data:audio/wav;base64,")) for value in sources)
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text) and "url(" not in text and "viewport" in text
-    assert {"<b>one</b>", '"zwölf"'} <= set(page.words) and "Found & heard" in page.words and {"a & b.png", "<script>alert(1)<.png"} <= set(page.words)
-    assert sum(word == "not re-ranked" for word in page.words) == 4
+    assert {"<b>one</b>", '"zwölf"'} <= set(outline.words) and "Found & heard" in outline.words and {"a & b.png", "<script>alert(1)<.png"} <= set(outline.words)
+    assert sum(word == "not re-ranked" for word in outline.words) == 4
     assert len(text) < 300_000
 
 
 def test_the_page_holds_the_sound_and_the_pictures(answers, tmp_path):
     import soundfile
-    cli.write_page(tmp_path / "page.html", answers)
+    page.write_page(tmp_path / "page.html", answers)
     found = re.findall(r"data:([\w/]+);base64,([\w+/=]+)", (tmp_path / "page.html").read_text(encoding="utf-8"))
     content = [(kind, base64.b64decode(data)) for kind, data in found]
     waves = [soundfile.read(io.BytesIO(data), dtype="float32") for kind, data in content if kind == "audio/wav"]
@@ -436,24 +436,24 @@ def test_the_page_holds_the_sound_and_the_pictures(answers, tmp_path):
 
 def test_the_page_is_written_whole_or_not_at_all(answers, tmp_path):
     path = tmp_path / "page.html"
-    cli.write_page(path, answers[:1])
+    page.write_page(path, answers[:1])
     before = path.read_bytes()
     broken = answers[0]._replace(hits=[answers[0].hits[0]._replace(picture=99)])
-    with pytest.raises(IndexError): cli.write_page(path, [answers[1], broken])
+    with pytest.raises(IndexError): page.write_page(path, [answers[1], broken])
     assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_bars_and_spectrograms_with_nothing_to_show(answers, tmp_path):
-    assert "width:8%" in cli.bar("fine", 0.5, [0.5, 0.5]) and "width:100%" in cli.bar("fine", 2.0, [1.0, None, 2.0])
-    assert "not re-ranked" in cli.bar("fine", None, [None])
-    assert cli.spectrogram(torch.zeros(160)).size == (720, 144)
-    cli.write_page(tmp_path / "page.html", [answers[0]._replace(hits=[], wave=torch.zeros(1))])
+    assert "width:8%" in page.bar("fine", 0.5, [0.5, 0.5]) and "width:100%" in page.bar("fine", 2.0, [1.0, None, 2.0])
+    assert "not re-ranked" in page.bar("fine", None, [None])
+    assert page.spectrogram(torch.zeros(160)).size == (720, 144)
+    page.write_page(tmp_path / "page.html", [answers[0]._replace(hits=[], wave=torch.zeros(1))])
     assert Outline((tmp_path / "page.html").read_text(encoding="utf-8")).tags.count("figure") == 0
 
 
 def test_loud_parts_are_dark(answers):
     wave = torch.cat([torch.zeros(8000), torch.from_numpy(speak(("red circle",)))])
-    pixels = np.asarray(cli.spectrogram(wave)).mean(-1)
+    pixels = np.asarray(page.spectrogram(wave)).mean(-1)
     assert pixels[:, :50].min() > 240 and pixels.min() < 60
 
 

@@ -32,7 +32,7 @@ FLOORS = [
     {"model"},
     {"alignment", "retrieval"},
     {"runs"},
-    {"train", "explore"},
+    {"train", "explore", "plan", "page"},
     {"cli", "benchmark", "course"},
 ]
 NEIGHBOURS = {  # the allowed looks sideways
