@@ -28,7 +28,7 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation"},
+    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "hub"},
     {"model"},
     {"retrieval"},
     {"train", "explore"},
