@@ -63,6 +63,8 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
     for k, value in RUN["evaluations"]["test"]["fine"]["image_to_speech"].items():
         assert figures["test", f"R@{k}, image to speech, fine"] == value
     assert figures["stamps_en (all)", "R@10, speech to image, coarse"] == RUN["evaluations"]["stamps_en"]["all"]["coarse"]["10"]
+    assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {
+        ("scenes", "validation"), ("scenes", "test"), ("scenes", "test_style"), ("stamps", "stamps_en (all)"), ("stamps", "stamps_en (nouns)")}
     assert len(figures) == 3 * (3 * 4 + 2 * 2)  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
     assert card.text.count("| fine |") == 3 * 2 + 2
 
