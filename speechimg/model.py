@@ -108,7 +108,7 @@ def embed_all(model, kind, given, read, encode, batch_size, progress):  # read: 
     result = np.zeros((len(given), model.config.dim), np.float32)
     try:
         model.eval()
-        with torch.inference_mode(), tqdm(total=len(given), desc=f"embedding {kind}s", disable=not progress) as bar:
+        with tqdm(total=len(given), desc=f"embedding {kind}s", disable=not progress) as bar:
             for start in range(0, len(given), 16 * batch_size):
                 features = []
                 for place, one in enumerate(given[start:start + 16 * batch_size], start):
@@ -116,7 +116,7 @@ def embed_all(model, kind, given, read, encode, batch_size, progress):  # read: 
                     if not len(features[-1]): raise InputError(one if isinstance(one, (str, Path)) else f"{kind} {place}", "is too short for a single frame", "leave it out")
                 order = sorted(range(len(features)), key=lambda row: len(features[row]))
                 for rows in (order[first:first + batch_size] for first in range(0, len(order), batch_size)):
-                    result[[start + row for row in rows]] = encode([features[row] for row in rows]).cpu().numpy()
+                    with torch.inference_mode(): result[[start + row for row in rows]] = encode([features[row] for row in rows]).cpu().numpy()
     finally: model.train(training)
     return result
 
