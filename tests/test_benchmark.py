@@ -173,6 +173,7 @@ def test_a_wrong_direction_is_named(corpus):
     with pytest.raises(InputError, match="t2i"): corpus_task(corpus, "t2i")
 
 
+@pytest.mark.slow
 def test_mteb_is_imported_only_when_asked_for():
     code = "import sys, speechimg.benchmark; sys.exit(any(name.split('.')[0] in ('mteb', 'datasets', 'transformers', 'pandas') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

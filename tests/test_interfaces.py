@@ -16,10 +16,11 @@ from miniature import image_bytes, make_corpus, wav_bytes
 
 import speechimg.hub as hub_room
 import speechimg.model as model_room
-from speechimg.core import Config, InputError, data_dir
+from speechimg.core import Config, InputError, data_dir, read_json
 from speechimg.corpora import load_corpus
 from speechimg.model import SpeechImageModel
 from speechimg.retrieval import embed, load_features
+from speechimg.train import train
 
 SIZES = {"width": 16, "dim": 8, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "heads": 2}
 RUN = json.loads((data_dir() / "models" / "reference" / "metrics.json").read_text())
@@ -67,6 +68,16 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
         ("scenes", "validation"), ("scenes", "test"), ("scenes", "test_style"), ("stamps", "stamps_en (all)"), ("stamps", "stamps_en (nouns)")}
     assert len(figures) == 3 * (3 * 4 + 2 * 2)  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
     assert card.text.count("| fine |") == 3 * 2 + 2
+
+
+def test_training_writes_the_card(tmp_path, miniature):
+    "What train knows is in the folder, and the loaded model knows it too."
+    config = Config(towers="small", **SIZES, batch_size=4, queue_size=8, steps=2, warmup_steps=1, evaluate_every=2, checkpoint_every=2)
+    out = train(config, miniature, tmp_path / "run", progress=False)
+    card, run = ModelCard.load(out / "README.md"), read_json(out / "metrics.json")
+    assert SpeechImageModel.from_pretrained(out).run == run and card.data.datasets == [miniature.name] and run["command"] in card.text
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["R@5, speech to image, fine"] == run["validation"]["fine"]["speech_to_image"]["5"]
 
 
 def test_a_model_without_a_past_says_so(tmp_path):
@@ -215,7 +226,7 @@ def test_a_config_that_is_none_is_an_input_error(tmp_path, text):
 
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "mini", n_images=10, captions=2, splits=("val",))
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "mini", n_images=10, captions=2, splits=("train", "val"))
 
 
 @pytest.mark.parametrize("towers", ["light", "small"])
