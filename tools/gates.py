@@ -28,7 +28,7 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts"},
+    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub"},
     {"model"},
     {"alignment", "retrieval"},
     {"runs"},
