@@ -124,7 +124,7 @@ def setting(text):  # "batch_size=32"
     name, equals, value = text.partition("=")
     if not equals: raise InputError(f"--set {text}", "has no '='", "write --set NAME=VALUE")
     try: return name, json.loads(value)
-    except ValueError: return name, value
+    except (ValueError, RecursionError): return name, value
 
 # %% ../nbs/19_cli.ipynb #4d5634ed
 @dataclass
@@ -241,10 +241,10 @@ def main(arguments=None):  # list of str; those of the process when left out
     except Exception as error:
         if os.environ.get("SPEECHIMG_TRACEBACK"): raise
         if type(error).__name__ == "InputError": problem, code = str(error), 2   # not imported here: --help must not wait for torch
-        elif isinstance(error, OSError) and error.filename: problem, code = f"{error.filename}: {error.strerror}; check path, rights and free space", 2
+        elif isinstance(error, OSError) and error.strerror: problem, code = f"{error.filename or 'a file'}: {error.strerror}; check path, rights and free space", 2
+        elif isinstance(error, MemoryError) or "allocate" in str(error): problem, code = f"not enough memory ({' '.join(str(error).split())[:99]}); lower batch_size, width or queue_size", 2
         else: problem, code = f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; SPEECHIMG_TRACEBACK=1 shows where", 1
-    print(f"speechimg: {problem}", file=sys.stderr)
-    return code
+    return print(f"speechimg: {problem}", file=sys.stderr) or code
 
 # %% ../nbs/19_cli.ipynb #567e3b0c
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())      # python -m speechimg.cli; not inside the notebook
