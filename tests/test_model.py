@@ -14,7 +14,8 @@ import speechimg.model as model_room
 from speechimg.attention import Encoded
 from speechimg.core import Config, InputError
 from speechimg.data import Batch
-from speechimg.model import Alignment, SpeechImageModel, encode, gather
+from speechimg.alignment import Alignment, encode, gather
+from speechimg.model import SpeechImageModel
 from speechimg.queue import make_teacher, update_momentum
 
 WIDTH = 4

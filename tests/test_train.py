@@ -23,7 +23,8 @@ import speechimg.train as train_room
 from speechimg.attention import Block, Encoded
 from speechimg.core import Config, InputError, read_json
 from speechimg.data import sha256, speech_mask
-from speechimg.model import Alignment, SpeechImageModel
+from speechimg.alignment import Alignment
+from speechimg.model import SpeechImageModel
 from speechimg.train import (COLUMNS, batches, checkpoints, latest_checkpoint, learning_rate, make_optimizer, prepare, save_checkpoint,
                              sibling_trials, some_of, train)
 

@@ -28,9 +28,10 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation"},
+    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed"},
     {"model"},
-    {"retrieval"},
+    {"alignment", "retrieval"},
+    {"runs"},
     {"train", "explore"},
     {"cli", "benchmark", "course"},
 ]
@@ -169,8 +170,9 @@ def gate_standalone(root: Path) -> Report:
 
 def imports(path: Path) -> set[tuple[str, int]]:
     "The modules of the library that a module imports anywhere, functions included: {(name, line)}."
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "'__main__'" in ast.dump(node.test))]  # what runs as a program is no import
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found |= {(name.split(".")[1], node.lineno) for name in names if name.startswith("speechimg.")}
