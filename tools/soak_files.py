@@ -191,7 +191,7 @@ def seeds():
         for name in [name for name in names if name.endswith((".ogg", ".wav", ".flac", ".mp3"))][::250][:3]:
             wave, rate = soundfile.read(io.BytesIO(archive.read(name)), dtype="float32")
             sounds.setdefault(Path(name).suffix[1:], []).append(archive.read(name))
-            for ending, form, kind in (("wav", "WAV", "PCM_16"), ("wav", "WAV", "FLOAT"), ("wav", "WAV", "MS_ADPCM"), ("flac", "FLAC", "PCM_16"), ("ogg", "OGG", "VORBIS"), ("mp3", "MP3", "MPEG_LAYER_III")):
+            for ending, form, kind in (("wav", "WAV", "PCM_16"), ("wav", "WAV", "FLOAT"), ("wav", "WAV", "MS_ADPCM"), ("flac", "FLAC", "PCM_16"), ("mp3", "MP3", "MPEG_LAYER_III")):
                 buffer = io.BytesIO()
                 soundfile.write(buffer, wave[:rate * 2], rate, kind, format=form)
                 sounds.setdefault(ending, []).append(buffer.getvalue())
