@@ -301,5 +301,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'speechimg.train.share': ('train.html#share', 'speechimg/train.py'),
                                  'speechimg.train.sibling_trials': ('train.html#sibling_trials', 'speechimg/train.py'),
                                  'speechimg.train.some_of': ('train.html#some_of', 'speechimg/train.py'),
+                                 'speechimg.train.together': ('train.html#together', 'speechimg/train.py'),
                                  'speechimg.train.train': ('train.html#train', 'speechimg/train.py'),
                                  'speechimg.train.train_step': ('train.html#train_step', 'speechimg/train.py')}}}

@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'COLUMNS', 'checkpoints', 'prune', 'discard', 'settle', 'sav
            'open_log', 'validation_row', 'draw_curves']
 
 # %% ../nbs/12b_runs.ipynb #a6fde718
-import math
 import os
 import shutil
 import warnings
@@ -17,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from .core import InputError, atomic_write, read_json, set_theme, write_json
+from .core import atomic_write, read_json, set_theme, write_json
 from .data import sha256
 
 # %% ../nbs/12b_runs.ipynb #33e0bcda

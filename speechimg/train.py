@@ -4,14 +4,10 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'make_optimizer', 'rate_factors', 'generator_for', 'batches', 'train_step', 'average_of', 'some_of',
-           'sibling_trials', 'prepare', 'Steps', 'share', 'train', 'board']
+           'sibling_trials', 'prepare', 'Steps', 'share', 'train', 'together', 'board']
 
 # %% ../nbs/13_train.ipynb #14fe1495
-import math
-import os
-import shutil
-import time
-import warnings
+import math, shutil, time, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +19,7 @@ from .alignment import Alignment, encode
 from .core import InputError, atomic_write, default_device, seed_everything, write_json
 from .corpora import find, load_corpus, splits
 from .data import augment, collate, epoch_batches, sha256
-from .distributed import average, processes, world, zero_first
+from .distributed import average, processes, sum_over_all, world, zero_first
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
 from .runs import COLUMNS, checkpoints, draw_curves, latest_checkpoint, open_log, restore, save_checkpoint, validation_row
@@ -47,8 +43,8 @@ def make_optimizer(model, config):  # SpeechImageModel on its device, Config: le
 
 def rate_factors(model, decay):  # SpeechImageModel, Config.layer_decay
     "{name of a parameter: factor of its learning rate}, for towers that have layers of different depth."
-    parts = (("encoders.speech_tower", model.speech_tower), ("encoders.image_tower", model.image_tower))
-    return {f"{prefix}.{name}": factor for prefix, tower in parts if hasattr(tower, "rate_factors") for name, factor in tower.rate_factors(decay).items()}
+    towers = {"speech_tower": model.speech_tower, "image_tower": model.image_tower}
+    return {f"encoders.{side}.{name}": factor for side, tower in towers.items() if hasattr(tower, "rate_factors") for name, factor in tower.rate_factors(decay).items()}
 
 # %% ../nbs/13_train.ipynb #58779973
 def generator_for(*numbers):  # non-negative integers: seed, purpose, step
@@ -159,7 +155,7 @@ class Steps(torch.utils.data.Dataset):
         try: parts = [collate(self.features, part) for part in share(mine, self.config.accumulate)]
         except InputError as error: return step, epoch, error, None         # an exception would not survive the journey from a worker
         if self.config.augment: parts = [augment(part, generator) for part in parts]
-        if self.world.size > 1: generator = generator_for(self.config.seed, 4, step)   # negatives are drawn alike everywhere
+        if self.world.size > 1: generator = generator_for(self.config.seed, 1, step)   # negatives are drawn alike everywhere
         return step, epoch, parts, generator.get_state()
 
 
@@ -181,7 +177,10 @@ def train(config,               # Config
           progress=True,        # show a bar
          ):
     "Train and save a model -> its folder. Raises InputError for wrong input, a loss that is not finite, a folder in use, a lost process."
-    with processes(): return _train(config, corpus, Path(out), resume, on_error, limit, towers, on_step, progress)
+    with processes():
+        _train(config, corpus, Path(out), resume, on_error, limit, towers, on_step, progress)
+        sum_over_all(0, default_device())                                  # nobody leaves before the first one has written everything
+    return Path(out)
 
 
 def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progress):
@@ -189,7 +188,7 @@ def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progre
     begin, metrics, first = time.perf_counter(), None, world().rank == 0   # only the first process writes
     features, data, alignment, optimizer, done, before = prepare(config, corpus, out, resume, on_error, limit, towers)
     model, device, probe = alignment.model, default_device(), sibling_trials(features["val"]) if "val" in features else None
-    stepper = alignment if world().size == 1 else DistributedDataParallel(alignment, broadcast_buffers=False, find_unused_parameters=True)
+    stepper = alignment if world().size == 1 else together(alignment)
     elapsed = lambda: round(before + time.perf_counter() - begin, 1)
     ahead = torch.utils.data.DataLoader(Steps(config, features["train"]), None, sampler=batches(config, features["train"], done), num_workers=config.workers)
     with open_log(out / "log.csv", done) if first else nullcontext() as log, board(config, out, first) as write, \
@@ -214,20 +213,25 @@ def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progre
                 save_checkpoint(out, alignment, optimizer, {"step": done, "config": config.to_dict(), "data": data, "seconds": elapsed()})
             bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if on_step: on_step(row)
-    if not first: return out
+    if not first: return
     if metrics is None and "val" in features: metrics = evaluate(model, features["val"], probe=probe)  # resumed after the last step
     skipped = [line for part in features.values() for line in part.skipped]
     if skipped:
-        with atomic_write(out / "skipped.txt", "w") as file: print(*skipped, sep="\n", file=file)
+        with atomic_write(out / "skipped.txt", "w") as file: file.write("\n".join([*skipped, ""]))
         print(f"left out {len(skipped)} files or entries, listed in {out / 'skipped.txt'}")
-    facts = {
+    model.run = {
         "command": f"speechimg train --corpus {corpus} --out {out.name} --config config.json" + (f" --limit {limit}" if limit else ""),
         "seed": config.seed, "config": config.to_dict(), "data": data, "seconds": elapsed(), "steps": done, "skipped": len(skipped),
         "recordings": {split: len(part) for split, part in features.items()}, "parameters": sum(p.numel() for p in model.parameters()),
         "processes": world().size, "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__, "validation": metrics}
     model.save_pretrained(out); draw_curves(out / "log.csv", out / "curves.png")
-    write_json(out / "metrics.json", facts)
-    return out
+    write_json(out / "metrics.json", model.run)
+
+
+def together(alignment):
+    "The engine that averages gradients between processes while they are computed. Queues and teachers stay equal by themselves."
+    with warnings.catch_warnings(action="ignore"):                         # about a new name of an option that older versions lack
+        return DistributedDataParallel(alignment, broadcast_buffers=False, find_unused_parameters=alignment.config.sim_start_step > 0 or alignment.config.sim_weight == 0)
 
 
 @contextmanager

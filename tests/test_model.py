@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import speechimg.model as model_room
+import speechimg.alignment as model_room
+import speechimg.model as towers_room
 from speechimg.attention import Encoded
 from speechimg.core import Config, InputError
 from speechimg.data import Batch
@@ -167,10 +168,11 @@ class NoWarmUp(Alignment):
 
 @contextmanager
 def patched(name, wrong):
-    right = getattr(model_room, name)
-    setattr(model_room, name, lambda *arguments, **options: wrong(right, *arguments, **options))
+    room = model_room if hasattr(model_room, name) else towers_room
+    right = getattr(room, name)
+    setattr(room, name, lambda *arguments, **options: wrong(right, *arguments, **options))
     try: yield
-    finally: setattr(model_room, name, right)
+    finally: setattr(room, name, right)
 
 
 def online_keys(right, encoders, batch):

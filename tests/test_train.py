@@ -19,6 +19,7 @@ import torch
 from miniature import make_corpus
 from torch import nn
 
+import speechimg.runs as runs_room
 import speechimg.train as train_room
 from speechimg.attention import Block, Encoded
 from speechimg.core import Config, InputError, read_json
@@ -142,7 +143,7 @@ MOMENTS = {
     "in the middle of a line of the log": lambda: half_a_line(10),
     "while a checkpoint is written": lambda: die(os, "replace", 1 + 4 + 2),  # the log, four files of the first, two of the second
     "before a checkpoint gets its name": lambda: die(os, "rename", 2),
-    "before the oldest checkpoint goes": lambda: die(train_room.shutil, "rmtree", 4),
+    "before the oldest checkpoint goes": lambda: die(runs_room.shutil, "rmtree", 4),
     "after the last checkpoint, before the model": lambda: die(train_room, "draw_curves", 1),
 }
 
