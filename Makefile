@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Every path is relative, so the folder's own name may hold spaces.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gates lab install dev export readme notebooks corpora reference small clean
+.PHONY: help demo test check soak gates lab install dev export readme notebooks corpora reference small clean
 PYTHON ?= python3
 PY := .venv/bin/python
 # computed features stay inside the clone, shared by the demo, the tests and the notebooks; SPEECHIMG_CACHE moves them
@@ -23,6 +23,9 @@ check: dev ## the quick part of `make test` (under 3 minutes)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 07_sic 08_mining
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
+
+soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (15 minutes)
+	@$(PY) tools/soak.py
 
 gates: dev ## only the gates
 	@$(PY) tools/gates.py

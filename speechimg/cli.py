@@ -51,7 +51,7 @@ def setting(text):  # "batch_size=32"
     name, equals, value = text.partition("=")
     if not equals: raise InputError(f"--set {text}", "has no '='", "write --set NAME=VALUE")
     try: return name, json.loads(value)
-    except ValueError: return name, value
+    except (ValueError, RecursionError): return name, value
 
 # %% ../nbs/19_cli.ipynb #58f5f6de
 def settings(path, pairs, **options):  # JSON file or name of a config or None, ["NAME=VALUE"], options that are None when not given
@@ -200,7 +200,8 @@ def main(arguments=None):  # list of str; those of the process when left out
     except Exception as error:
         if os.environ.get("SPEECHIMG_TRACEBACK"): raise
         if type(error).__name__ == "InputError": problem, code = str(error), 2   # not imported here: --help must not wait for torch
-        elif isinstance(error, OSError) and error.filename: problem, code = f"{error.filename}: {error.strerror}; check path, rights and free space", 2
+        elif isinstance(error, OSError) and error.strerror: problem, code = f"{error.filename or 'a file'}: {error.strerror}; check path, rights and free space", 2
+        elif isinstance(error, MemoryError) or "allocate" in str(error): problem, code = f"not enough memory ({' '.join(str(error).split())[:99]}); lower batch_size, width or queue_size", 2
         else: problem, code = f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; SPEECHIMG_TRACEBACK=1 shows where", 1
     if not first: time.sleep(3)                                              # torchrun stops this process if the first one said the same
     print(f"speechimg: {name}{problem}", file=sys.stderr)

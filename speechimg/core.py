@@ -7,7 +7,7 @@ __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'setting', '
            'default_device', 'data_dir', 'cache_dir', 'set_theme']
 
 # %% ../nbs/00_core.ipynb #df71e406
-import difflib, json, math, os, random
+import difflib, json, os, random
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -40,6 +40,9 @@ def atomic_write(path, mode="wb",  # "wb" for bytes, "w" for text (UTF-8)
             file.flush()
             if sync: os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename: error.filename = str(path)  # a full disk does not say where
+        raise
     finally: temporary.unlink(missing_ok=True)  # only there still if something went wrong
 
 # %% ../nbs/00_core.ipynb #b9931713
@@ -50,7 +53,10 @@ def write_json(path, obj):
 
 def read_json(path):
     "Read a JSON file; a missing or broken one is an InputError."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    path = Path(path)
+    if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > 2**26):  # one would wait at a pipe for ever
+        raise InputError(path, "is no ordinary file of at most 64 MB", "give the file that was meant")
+    try: return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error: raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from None
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise InputError(path, f"is not valid JSON ({error})", "repair the file or make it again") from None
@@ -66,7 +72,7 @@ def checked(item, value):
     low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
     if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise InputError(item.name, f"{value!r} has the wrong type", f"give {words}")
-    if kind is float and not math.isfinite(value): raise InputError(item.name, f"{value!r} is not finite", "give an ordinary number")
+    if kind is float and not abs(value) < 1e308: raise InputError(item.name, f"{value!r} is not finite", "give an ordinary number")
     if choices and value not in choices: raise InputError(item.name, f"{value!r} is not one of the choices", f"choose from {', '.join(choices)}")
     if low is not None and value < low: raise InputError(item.name, f"{value!r} is too small", f"give at least {low}")
     if high is not None and value > high: raise InputError(item.name, f"{value!r} is too large", f"give at most {high}")
@@ -85,8 +91,8 @@ class Config:
     layer_decay: float = setting(1.0, low=0.1, high=1)  # of the learning rate, per layer below the top of a fine-tuned tower
     cache_towers: bool = setting(True)                  # outputs of frozen towers are computed once and kept on disk
     checkpointing: bool = setting(False)                # compute activations of fine-tuned towers twice, to store fewer
-    width: int = setting(128, low=1)                    # size of a token
-    dim: int = setting(128, low=1)                      # size d of an embedding (ALBEF default 256, the paper's value not seen)
+    width: int = setting(128, low=1, high=2**16)                    # size of a token
+    dim: int = setting(128, low=1, high=2**16)                      # size d of an embedding (ALBEF default 256, the paper's value not seen)
     speech_depth: int = setting(1, low=0)               # attention blocks in the speech tower
     image_depth: int = setting(2, low=0)                # attention blocks in the image tower
     fusion_depth: int = setting(2, low=0)               # blocks of the multimodal encoder (ALBEF default 6, the paper's value not seen)
@@ -96,7 +102,7 @@ class Config:
     temperature: float = setting(0.07, low=1e-6)        # where the learned temperature starts (ALBEF default, the paper's value not seen)
     temperature_min: float = setting(0.001, low=1e-6)   # clamped to this range at every step (ALBEF default, the paper's value not seen)
     temperature_max: float = setting(0.5, low=1e-6)
-    queue_size: int = setting(1024, low=0)              # past embeddings kept as extra negatives; at most about one epoch of pairs
+    queue_size: int = setting(1024, low=0, high=10**9)              # past embeddings kept as extra negatives; at most about one epoch of pairs
     token_slots: int = setting(0, low=0)                # newest queue entries that also keep their tokens
     momentum: float = setting(0.995, low=0, high=1)     # of the teacher (ALBEF default, the paper's value not seen)
     alpha: float = setting(0.4, low=0, high=1)          # weight of the teacher's soft targets (ALBEF default, the paper's value not seen)
@@ -127,7 +133,7 @@ class Config:
     captions_per_image: int = setting(1, low=0)         # captions of one image in one batch; 0 = no limit
     augment: bool = setting(True)                       # change every training batch a little
     precision: str = setting("float32", choices=("float32", "bfloat16"))
-    seed: int = setting(0, low=0)                       # all randomness starts here
+    seed: int = setting(0, low=0, high=2**62)                       # all randomness starts here
     evaluate_every: int = setting(500, low=1)           # steps between validations
     checkpoint_every: int = setting(500, low=1)         # steps between checkpoints
     score_mode: str = setting("sim", choices=("sim", "sum", "logits"))  # re-rank by matching alone, matching + cosine, or matching + cosine / temperature

@@ -38,8 +38,8 @@ def make_optimizer(model, config):  # SpeechImageModel on its device, Config: le
     groups, factors = {}, layer_rates(model, config.layer_decay)
     for name, p in model.named_parameters():                               # position codes are bare, not a .weight
         if p.requires_grad: groups.setdefault((p.ndim <= 1 or not name.endswith(".weight"), factors.get(name, 1.)), []).append(p)
-    return torch.optim.AdamW([{"params": params, "weight_decay": 0. if bare else config.weight_decay, "factor": factor} for (bare, factor), params in sorted(groups.items(), key=lambda one: one[0])],
-                             lr=config.learning_rate, fused=True)          # fused: one pass over all weights
+    parts = [{"params": params, "weight_decay": 0. if bare else config.weight_decay, "factor": factor} for (bare, factor), params in groups.items()]
+    return torch.optim.AdamW(parts, lr=config.learning_rate, fused=True)   # fused: one pass over all weights
 
 
 def layer_rates(model, decay):  # SpeechImageModel, Config.layer_decay
@@ -163,8 +163,8 @@ class Steps(torch.utils.data.Dataset):
 def share(rows, parts):  # a list, how many
     "Consecutive parts whose lengths differ by one at most; empty ones are left out."
     size, more = divmod(len(rows), parts)
-    cuts = [part * size + min(part, more) for part in range(parts + 1)]
-    return [rows[start:end] for start, end in zip(cuts, cuts[1:]) if end > start]
+    cuts = [part * size + min(part, more) for part in range(min(parts, len(rows)) + 1)]
+    return [rows[start:end] for start, end in zip(cuts, cuts[1:])]
 
 # %% ../nbs/13_train.ipynb #13loop03
 def train(config,               # Config
@@ -192,14 +192,14 @@ def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progre
     stepper = alignment if world().size == 1 else together(alignment)
     elapsed = lambda: round(before + time.perf_counter() - begin, 1)
     ahead = torch.utils.data.DataLoader(Steps(config, features["train"]), None, sampler=batches(config, features["train"], done), num_workers=config.workers)
-    with open_log(out / "log.csv", done) if first else nullcontext() as log, board(config, out, first) as write, \
+    with open_log(out / "log.csv", done) if first else nullcontext() as log, board(config, out, first) as show, \
          tqdm(total=config.steps, initial=done, desc="training", disable=not (progress and first)) as bar:
         for step, epoch, parts, state in ahead:
             if isinstance(parts, InputError): raise parts
             generator, done = torch.Generator().set_state(state), step + 1
             try: outputs, norm = train_step(stepper, optimizer, [part.to(device) for part in parts], step, generator)
             except FloatingPointError as error:
-                uttids = [uttid for part in parts for uttid in part.uttids]
+                uttids = sum((part.uttids for part in parts), [])
                 write_json(out / f"bad_batch{world().rank or ''}.json", {"step": step, "problem": str(error), "uttids": uttids})
                 raise InputError(f"step {step}", f"{error} on {', '.join(uttids)}", "listen to these recordings, or lower learning_rate") from None
             numbers = torch.tensor([average_of(outputs, name) for name in ("sic", "sim", "coarse_accuracy", "sim_accuracy")], dtype=torch.float64, device=device)
@@ -209,7 +209,7 @@ def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progre
             row["loss"] = row["sic"] + config.sim_weight * row["sim"]
             if first and "val" in features and (done % config.evaluate_every == 0 or done == config.steps):
                 row |= validation_row(metrics := evaluate(model, features["val"], probe=probe))
-            if first: log.write(",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n"); write(row)
+            if first: log.write(",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n"); show(row)
             if first and (done % config.checkpoint_every == 0 or done == config.steps):
                 save_checkpoint(out, alignment, optimizer, {"step": done, "config": config.to_dict(), "data": data, "seconds": elapsed()})
             bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)

@@ -227,13 +227,13 @@ def check_keys(make_cache, folder):
 
 
 class ForgetsParameters(FeatureCache):
-    def path(self, key, params):
-        return super().path(key, "")
+    def get(self, key, params, compute):
+        return super().get(key, "", compute)
 
 
 class ForgetsContent(FeatureCache):
-    def path(self, key, params):
-        return super().path(sha256(""), params)
+    def get(self, key, params, compute):
+        return super().get(sha256(""), params, compute)
 
 
 def test_keys(tmp_path):
