@@ -76,8 +76,7 @@ def train_step(alignment, optimizer, batches, step, generator):  # Alignment (or
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator)) + world().rank)   # dropout draws from the global source
     optimizer.zero_grad()
     for batch in batches:
-        last = batch is batches[-1]                                        # gradients travel between processes once, with the last micro-batch
-        with nullcontext() if last or alignment is inner else alignment.no_sync():
+        with nullcontext() if batch is batches[-1] or alignment is inner else alignment.no_sync():  # gradients travel between processes once
             outputs.append(alignment(batch, step, generator))
             (outputs[-1].loss * (len(batch.ids) / pairs)).backward()
     norm = torch.nn.utils.clip_grad_norm_(inner.model.parameters(), config.clip_norm or math.inf)
