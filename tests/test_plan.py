@@ -98,7 +98,7 @@ REHEARSE = room.rehearse
 
 
 def test_a_plan_that_leaves_something_out_is_noticed(monkeypatch):
-    config, pairs = Config(**SMALL | dict(towers="small", fusion_depth=3)), 24
+    config, pairs = Config(**SMALL | dict(fusion_depth=4)), 24
     measured = measure(config, pairs, steps=2)["bytes"]
     assert foreseen(plan(config), pairs) == pytest.approx(measured, rel=0.1)
     for mutant in (coarse_only, nothing_kept, no_wrong_pairs):
