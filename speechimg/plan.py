@@ -186,7 +186,7 @@ def plan(config, pairs=30_000,  # Config, recordings in the train split
 def amount(value, unit="B"):  # a number of bytes or operations
     "Readable: 1,500,000 -> 1.5 MB."
     power = min(5, max(0, int(math.log10(max(value, 1)) // 3)))
-    return f"{value / 1000 ** power:.{0 if power == 0 else 3 - len(str(int(value / 1000 ** power)))}f} {' kMGTP'[power].strip()}{unit}"
+    return f"{value / 1000 ** power:.{0 if power == 0 else max(0, 3 - len(str(int(value / 1000 ** power))))}f} {' kMGTP'[power].strip()}{unit}"
 
 def report(result):  # from plan
     "The figures as lines to read."

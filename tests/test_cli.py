@@ -457,6 +457,47 @@ def test_loud_parts_are_dark(answers):
     assert pixels[:, :50].min() > 240 and pixels.min() < 60
 
 
+def test_plan_says_what_a_training_needs(command, place, tmp_path):
+    code, out, err = command("plan", "--config", place / "config.json", "--pairs", 640, "--memory", 2, "--json", "plan.json", "--set", "max_seconds=2")
+    assert code == 0 and err == "" and "memory per pair" in out and "in 2 GiB" in out and "10 of 640 pairs" in out
+    assert json.loads((tmp_path / "plan.json").read_text())["steps_per_epoch"] == 10
+    refused(command("plan", "--memory", 0), "--memory", "above 0")
+    refused(command("plan", "--config", "nowhere"), "nowhere", "cannot be read")
+
+
+def test_a_config_has_a_name_or_a_path(command, place, tmp_path):
+    (place / "configs").mkdir(exist_ok=True)
+    (place / "configs" / "mine.json").write_text(json.dumps(TINY | {"max_seconds": 2, "steps": 70, "assumed": ["steps"]}))
+    code, out, _ = command("plan", "--config", "mine", "--pairs", 64)
+    assert code == 0 and "70 steps" in out and re.search(r"assumed in the config +steps", out)
+    code, out, _ = command("train", "--corpus", place / "mini", "--out", "run", "--config", "mine", *QUICK)
+    assert code == 0 and Config.load("run/config.json").width == 16
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_of_several_processes_one_speaks(rank, command, place, monkeypatch):
+    naps = []
+    monkeypatch.setattr(cli.time, "sleep", naps.append)
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", str(rank))
+    code, out, err = command("check", place / "mini")
+    assert (code, err, naps) == (0, "", []) and ("every file can be read" in out) == (rank == 0)
+    code, out, err = command("check", "nowhere")
+    assert code == 2 and out == "" and err.startswith(f"speechimg: rank {rank}: ") and naps == [3] * rank
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "every file can be read" in command("check", place / "mini")[1]  # RANK alone, as some clusters set it, means nothing
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_under_torchrun_a_common_mistake_is_told_once_and_a_lonely_one_too(place, tmp_path):
+    (tmp_path / "both.py").write_text("import os, sys\nfrom speechimg.cli import main\n"
+                                      "sys.exit(main(['check', 'nowhere' if sys.argv[1] in ('all', os.environ['RANK']) else sys.argv[2]]))")
+    for who, told in (("all", "rank 0"), ("1", "rank 1")):
+        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "both.py"), who, str(place / "mini")],
+                             capture_output=True, text=True, timeout=300)
+        lines = [line for line in run.stderr.splitlines() if line.startswith("speechimg: ")]
+        assert run.returncode != 0 and len(lines) == 1 and told in lines[0], run.stderr
+
+
 def test_setting_values():
     assert [cli.setting(text) for text in ("a=1", "a=1e-3", "a=true", "a=light", "a=b=c", "a=")] == [
         ("a", 1), ("a", 1e-3), ("a", True), ("a", "light"), ("a", "b=c"), ("a", "")]
