@@ -206,8 +206,8 @@ class Check:
 
     def run(self):
         from speechimg.core import InputError
-        from speechimg.corpora import check_corpus, find, picture_folder
-        if any(name.endswith(".json") for name in find(self.corpus).names(deep=False)): problems = check_corpus(self.corpus)
+        from speechimg.corpora import check_corpus, find, picture_folder, splits
+        if splits(find(self.corpus)): problems = check_corpus(self.corpus)
         else:
             pictures, problems = picture_folder(self.corpus), []
             for place in range(len(pictures.pictures)):

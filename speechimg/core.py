@@ -110,7 +110,6 @@ class Config:
     negative_sampling: str = setting("hard", choices=("hard", "random"))   # in proportion to similarity, or evenly
     batch_size: int = setting(64, low=1)                # pairs per optimiser step, over all processes
     accumulate: int = setting(1, low=1)                 # micro-batches that a step is made of; each finds its own negatives
-    in_memory: bool = setting(True)                     # keep all features in memory; or read them when a batch needs them
     workers: int = setting(0, low=0)                    # processes that prepare batches ahead
     compile: bool = setting(False)                      # compile towers and fusion (torch.compile)
     tensorboard: bool = setting(False)                  # also log for TensorBoard, which has to be installed

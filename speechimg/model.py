@@ -20,6 +20,7 @@ from .core import Config, InputError
 from .data import MAX_SIDE, SAMPLE_RATE, decode_audio, decode_image, to_rgb
 from .hub import HubModel
 from .image import ImageTower
+from .large import paper_towers
 from .pretrained import LightImageTower, LightSpeechTower
 from .sim import MultimodalEncoder
 from .speech import SpeechTower
@@ -28,6 +29,7 @@ from .speech import SpeechTower
 def build_towers(config):  # Config; .towers chooses the size
     "The (speech tower, image tower) that a config asks for."
     if config.towers == "light": return LightSpeechTower(config), LightImageTower(config)
+    if config.towers == "paper": return paper_towers(config)
     return SpeechTower(config), ImageTower(config)
 
 # %% ../nbs/11_model.ipynb #8a7ba1c6

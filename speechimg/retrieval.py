@@ -20,7 +20,7 @@ from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
 from .core import Config, InputError, cache_dir, data_dir, default_device
-from .corpora import Corpus, find, load_corpus, picture_folder
+from .corpora import Corpus, find, load_corpus, picture_folder, splits
 from .data import SAMPLE_RATE, FeatureCache, Features, speech_mask
 from .model import SpeechImageModel
 
@@ -226,8 +226,8 @@ class Hit(NamedTuple):
 # %% ../nbs/12_retrieval.ipynb #73a85332
 def open_gallery(model, pictures):  # SpeechImageModel; "stamps", "scenes", another corpus, or any folder of pictures
     "(Corpus of all readable pictures, their Embeddings); .skipped of the corpus names the others. Raises InputError if none is left."
-    known = find(pictures).names(deep=False)
-    split = next((split for split in ("all", "test", "val", "train") if f"{split}.json" in known), None)
+    known = splits(find(pictures))
+    split = next((split for split in ("all", "test", "val", "train") if split in known), None)
     corpus = load_corpus(pictures, split, "skip") if split else picture_folder(pictures)
     features = load_features(model, Corpus(corpus.name, corpus.split, corpus.pictures, [], corpus.store, corpus.skipped), "skip")
     return Corpus(corpus.name, corpus.split, [corpus.pictures[place] for place in features.pictures], [], corpus.store, features.skipped), embed(model, features)

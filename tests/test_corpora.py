@@ -17,8 +17,10 @@ from miniature import image_bytes, make_corpus, make_files, speak, wav_bytes, wr
 from PIL import Image
 from test_core import complaint
 
-from speechimg import corpora
-from speechimg.corpora import Corpus, Picture, Store, check_corpus, load_corpus, load_probe, picture_folder
+from speechimg import store as store_module
+from speechimg.core import InputError
+from speechimg.corpora import Corpus, Picture, check_corpus, corpus_table, load_corpus, load_probe, picture_folder
+from speechimg.store import Store
 
 FILES = make_files(8, 2)
 
@@ -262,7 +264,7 @@ def test_links_and_bombs_in_archives(tmp_path, monkeypatch):
         archive.writestr(link, "/etc/hostname")
         archive.writestr("wavs/zeros.wav", bytes(2**20), compress_type=zipfile.ZIP_DEFLATED)
     assert "link" in complaint(Store(path).read, "wavs/link.wav")
-    monkeypatch.setattr(corpora, "MAX_BYTES", 2**19)
+    monkeypatch.setattr(store_module, "MAX_BYTES", 2**19)
     assert "too large" in complaint(Store(path).read, "wavs/zeros.wav")
 
 
@@ -288,8 +290,8 @@ PARTS = st.lists(st.sampled_from(["..", ".", "a", "wavs", "", "...", "C:", "~", 
 def test_a_safe_path_stays_inside(parts, absolute):
     path = "/" * absolute + "/".join(parts)
     try:
-        assert corpora.safe(path, "a.json") == path
-    except corpora.InputError as error:
+        assert store_module.safe(path, "a.json") == path
+    except InputError as error:
         assert str(error).startswith("a.json: ")
     else:
         assert os.path.commonpath(["/corpus folder", os.path.normpath(os.path.join("/corpus folder", path))]) == "/corpus folder"
@@ -300,7 +302,7 @@ def test_a_safe_path_stays_inside(parts, absolute):
 
 def test_unknown_splits_and_layouts(place, tmp_path):
     assert "choose from test, train, val" in complaint(load_corpus, place(FILES), "tset")
-    (tmp_path / "flickr" / "flickr_audio").mkdir(parents=True)
+    (tmp_path / "flickr" / "flickr_audio").mkdir(parents=True)  # and nothing in it
     assert "train.json" in complaint(load_corpus, tmp_path / "flickr", "train")
     assert "train.json" in complaint(check_corpus, tmp_path / "flickr")
     assert "does not exist" in complaint(load_corpus, tmp_path / "nowhere", "train")
@@ -340,7 +342,7 @@ def test_any_folder_of_pictures(tmp_path):
 
 
 def test_tables(tmp_path):
-    table = corpora.corpus_table(make_corpus(tmp_path / "mini", 8), by=("speaker",))
+    table = corpus_table(make_corpus(tmp_path / "mini", 8), by=("speaker",))
     assert table.loc[("test", "voice1")].to_dict() == {"pictures": 8, "captions": 8} and len(table) == 6
 
 

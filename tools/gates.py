@@ -28,7 +28,7 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hub"},
+    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub"},
     {"model"},
     {"alignment", "retrieval"},
     {"runs"},
@@ -36,9 +36,12 @@ FLOORS = [
     {"cli", "benchmark", "course"},
 ]
 NEIGHBOURS = {  # the allowed looks sideways
-    "corpora": {"data"},
+    "layouts": {"store"},
+    "corpora": {"data", "store", "layouts"},
     "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
     "pretrained": {"speech", "image"},  # the same, and the white square of 04
+    "hubert": {"speech"},  # the paper's towers end with the same reader
+    "large": {"speech", "image", "hubert"},  # its eyes, and both together
 }
 
 SKIPPING = {"notest", "gpu", "slow"}  # tst_flags of settings.ini

@@ -144,14 +144,21 @@ def test(chosen: list[Path], workers: int) -> int:
 
 
 def run(chosen: list[Path]) -> None:
-    "Run each notebook from top to bottom in a fresh kernel, in its own folder, and keep what it showed."
+    "Run each notebook from top to bottom in a fresh kernel, in its own folder, and keep what it showed. Cells marked gpu: where there is one."
     import nbformat
+    import torch
     from nbclient import NotebookClient
+
+    class Client(NotebookClient):
+        async def async_execute_cell(self, cell, *arguments, **options):
+            if "gpu" in directives(cell) and not torch.cuda.is_available():
+                return cell
+            return await super().async_execute_cell(cell, *arguments, **options)
 
     for path in chosen:
         start = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, timeout=KILLED_AFTER, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+        client = Client(notebook, timeout=KILLED_AFTER, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
         client.execute()
         half = path.with_suffix(".tmp")
         nbformat.write(notebook, half)
