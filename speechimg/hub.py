@@ -9,7 +9,6 @@ __all__ = ['CARD', 'check_weights', 'card_figures', 'HubModel']
 import os
 import re
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -29,7 +28,7 @@ def check_weights(file, config, build):  # model.safetensors; Config; () -> the 
         with safetensors.safe_open(file, "pt") as header: shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(file, f"does not hold the weights of this model ({str(error)[:160]})", "copy or train it again") from None
-    depths = [value for name, value in asdict(config).items() if name.endswith("_depth")]  # a block has more than one tensor, and over 2 w^2 bytes
+    depths = [config.fusion_depth] + ([] if config.towers == "paper" else [config.speech_depth, config.image_depth])  # a block has more than one tensor, and over 2 w^2 bytes
     if sum(depths) > len(shapes) or config.width * (config.width * sum(depths) + config.dim) > size:
         raise InputError(file, f"is too small for the sizes in config.json (width {config.width}, dim {config.dim}, depths {depths})", "copy both files again")
     if config.towers == "paper": return                       # pretrained towers do not come without their weights
