@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from .core import atomic_write, read_json, set_theme, write_json
+from .core import InputError, atomic_write, read_json, set_theme, write_json
 from .data import sha256
 
 # %% ../nbs/12b_runs.ipynb #33e0bcda
