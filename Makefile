@@ -24,7 +24,7 @@ check: dev ## the quick part of `make test` (under 3 minutes)
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 07_sic 08_mining
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
 
-soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (15 minutes)
+soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (under 30 minutes)
 	@$(PY) tools/soak.py
 
 gates: dev ## only the gates

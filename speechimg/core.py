@@ -21,7 +21,7 @@ class InputError(ValueError):
     def __init__(self, where,  # the file, key or argument at fault
                  problem,      # what is wrong with it, in plain words
                  remedy):      # what the user can do
-        self.where, self.problem, self.remedy = (" ".join(str(part).split()) for part in (where, problem, remedy))
+        self.where, self.problem, self.remedy = (" ".join(str(part).split())[:1000] for part in (where, problem, remedy))
         super().__init__(f"{self.where}: {self.problem}; {self.remedy}")
     def __reduce__(self):  # worker processes send exceptions home by pickling, which needs all three arguments
         return type(self), (self.where, self.problem, self.remedy)

@@ -1,6 +1,6 @@
 """Reliability, in figures: kills, a full disk, hostile files, mutated sounds and pictures, a shared and a damaged cache.
 
-    python tools/soak.py                       # all experiments, report to data/soak.json and data/soak.md (15 minutes on two cores)
+    python tools/soak.py                       # all experiments, report to data/soak.json and data/soak.md (under 30 minutes on two free cores)
     python tools/soak.py disk cache            # some of them; in the report the others stay as they are
     python tools/soak.py --quick               # a handful of each
 
