@@ -179,7 +179,7 @@ def plan(config, pairs=30_000,  # Config, recordings in the train split
         "accumulate_needed": -(-config.batch_size // min(fits, config.batch_size)) if fits else None,
         "flops_per_pair": round(operations), "pairs": pairs, "steps": config.steps, "steps_per_epoch": epoch, "epochs": config.steps / epoch,
         "tflops": tflops, "precision": config.precision, "hours": config.steps * config.batch_size * operations / (tflops * 1e12) / 3600,
-        "seconds": seconds, "max_seconds": config.max_seconds, "in_memory": config.in_memory,
+        "seconds": seconds, "max_seconds": config.max_seconds,
         "disk": {"per_recording": sound, "per_picture": sight, "recordings": sound * pairs, "pictures": sight * -(-pairs // PER_PICTURE)}}
 
 # %% ../nbs/13c_plan.ipynb #1c7f3749
@@ -203,7 +203,7 @@ def report(result):  # from plan
         ("time", f"{result['hours']:.2g} hours, if {result['tflops']:g} TFLOP/s are really reached (an assumption; {result['precision']}) and reading keeps up"),
         ("cache on disk", f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures "
                           f"({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)")]
-    if result["in_memory"]: lines.append(("", "in_memory true keeps all of it in the machine's memory, too"))
+    lines.append(("", "and the same in the memory of the machine, where all features are kept while training"))
     if disk["recordings"] > 1e11: lines.append(("", "that is a large disk: speech_layers last keeps one layer instead of all; cache_towers false keeps none and computes them each time"))
     if result.get("assumed"): lines.append(("assumed in the config", ", ".join(result["assumed"])))
     return "\n".join(f"{name:28}{text}" for name, text in lines)

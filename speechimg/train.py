@@ -23,7 +23,7 @@ from .distributed import average, processes, sum_over_all, world, zero_first
 from .hubert import rate_factors
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
-from .runs import COLUMNS, checkpoints, draw_curves, latest_checkpoint, open_log, restore, save_checkpoint, validation_row
+from .runs import COLUMNS, checkpoints, draw_curves, latest_checkpoint, open_log, prune, restore, save_checkpoint, validation_row
 
 # %% ../nbs/13_train.ipynb #8027b51c
 def learning_rate(config, step):  # Config, optimiser steps done so far
@@ -38,7 +38,7 @@ def make_optimizer(model, config):  # SpeechImageModel on its device, Config: le
     groups, factors = {}, layer_rates(model, config.layer_decay)
     for name, p in model.named_parameters():                               # position codes are bare, not a .weight
         if p.requires_grad: groups.setdefault((p.ndim <= 1 or not name.endswith(".weight"), factors.get(name, 1.)), []).append(p)
-    parts = [{"params": params, "weight_decay": 0. if bare else config.weight_decay, "factor": factor} for (bare, factor), params in groups.items()]
+    parts = [{"params": params, "weight_decay": 0. if bare else config.weight_decay, "factor": factor} for (bare, factor), params in sorted(groups.items())]
     return torch.optim.AdamW(parts, lr=config.learning_rate, fused=True)   # fused: one pass over all weights
 
 
@@ -139,6 +139,7 @@ def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in trai
     differs = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key)]
     if differs: raise InputError(out, f"holds a run with {', '.join(differs)}", "resume with the same config and corpus, or choose another folder")
     restore(checkpoint[1], alignment, optimizer)
+    if world().rank == 0: prune(out, checkpoint[0]["step"])                # killed before the oldest was removed
     return features, data, alignment, optimizer, checkpoint[0]["step"], checkpoint[0]["seconds"]
 
 # %% ../nbs/13_train.ipynb #9e9c968d
@@ -222,15 +223,14 @@ def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progre
     model.run = {
         "command": f"speechimg train --corpus {corpus} --out {out.name} --config config.json" + (f" --limit {limit}" if limit else ""),
         "seed": config.seed, "config": config.to_dict(), "data": data, "seconds": elapsed(), "steps": done, "skipped": len(skipped),
-        "recordings": {split: len(part) for split, part in features.items()}, "parameters": sum(p.numel() for p in model.parameters()),
-        "processes": world().size, "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__, "validation": metrics}
-    model.save_pretrained(out); draw_curves(out / "log.csv", out / "curves.png")
-    write_json(out / "metrics.json", model.run)
+        "recordings": {split: len(part) for split, part in features.items()}, "parameters": sum(p.numel() for p in model.parameters()), "processes": world().size,
+        "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__, "validation": metrics}
+    draw_curves(out / "log.csv", out / "curves.png"); model.save_pretrained(out)  # with metrics.json and a model card
 
 
 def together(alignment):
     "The engine that averages gradients between processes while they are computed. Queues and teachers stay equal by themselves."
-    with warnings.catch_warnings(action="ignore"):                         # about a new name of an option that older versions lack
+    with warnings.catch_warnings(action="ignore"):                         # an option has a new name that older versions lack
         return DistributedDataParallel(alignment, broadcast_buffers=False, find_unused_parameters=alignment.config.sim_start_step > 0 or alignment.config.sim_weight == 0)
 
 

@@ -647,7 +647,8 @@ def test_the_whole_picture_is_seen():
 @pytest.mark.parametrize("values", [{}, {"cache_towers": False}, {"finetune": "both"}, {"finetune": "both", "qformer": True, "checkpointing": True}])
 def test_whole_steps_of_training(values):
     from speechimg.data import Batch
-    from speechimg.model import Alignment, SpeechImageModel
+    from speechimg.alignment import Alignment
+    from speechimg.model import SpeechImageModel
     torch.manual_seed(0)
     config = change(dim=8, queue_size=8, queue_warmup_steps=0, fusion_depth=1, **values)
     model = SpeechImageModel(config, *paper_towers(config))

@@ -517,7 +517,7 @@ def test_listed_and_fault_agree(tmp_path, packed):
 PAIRS = {"flickr8k-base": 30_000, "flickr8k-large": 30_000, "spokencoco-large": 5 * 113_287, "scenes-small": 12_052}  # about five for each picture of SpokenCOCO
 EPOCHS = {"flickr8k-base": 30, "flickr8k-large": 30, "spokencoco-large": 10}
 # How a run is carried out, which changes no formula of the method.
-ENGINEERING = {"accumulate", "cache_towers", "checkpointing", "in_memory", "workers", "compile", "tensorboard", "precision", "evaluate_every", "checkpoint_every"}
+ENGINEERING = {"accumulate", "cache_towers", "checkpointing", "workers", "compile", "tensorboard", "precision", "evaluate_every", "checkpoint_every"}
 SEEN = {"towers"}  # that speech goes through HuBERT and pictures through BLIP-2 is all that the abstract tells
 
 
