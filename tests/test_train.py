@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -23,7 +25,7 @@ import speechimg.runs as runs_room
 import speechimg.train as train_room
 from speechimg.attention import Block, Encoded
 from speechimg.core import Config, InputError, read_json
-from speechimg.data import sha256, speech_mask
+from speechimg.data import Batch, sha256, speech_mask
 from speechimg.alignment import Alignment
 from speechimg.model import SpeechImageModel
 from speechimg.train import (COLUMNS, batches, checkpoints, latest_checkpoint, learning_rate, make_optimizer, prepare, save_checkpoint,
@@ -499,3 +501,67 @@ def test_small_towers_train(settings, workshop, tmp_path):
         with pytest.raises(Stop): run(workshop.corpus, tmp_path / "part", build=build, on_step=stop, **small)
         run(workshop.corpus, tmp_path / "part", resume=True, build=build, **small)
     assert result(tmp_path / "whole") == result(tmp_path / "part")
+
+
+# ---- What helps when models are large
+
+def same_but_for(settings, one, other):
+    "Two results that differ in these settings and in nothing else."
+    one, other = (dict(each, metrics={**each["metrics"], "config": {**each["metrics"]["config"], **settings}}) for each in (one, other))
+    assert one == other
+
+
+def test_workers_change_nothing(workshop, tmp_path):
+    "Batches that other processes prepare are the same batches, to the last bit."
+    run(workshop.corpus, tmp_path / "out", workers=2)
+    same_but_for({"workers": 0}, result(workshop.whole), result(tmp_path / "out"))
+
+
+def test_tensorboard_shows_the_log(workshop, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    out = run(workshop.corpus, tmp_path / "out", tensorboard=True)
+    same_but_for({"tensorboard": False}, result(workshop.whole), result(out))
+    events = EventAccumulator(str(out / "tensorboard")); events.Reload()
+    log = pd.read_csv(out / "log.csv")
+    for name in ("sic", "sim", "learning_rate"):
+        scalars = events.Scalars(name)
+        assert [one.step for one in scalars] == log["step"].tolist()
+        np.testing.assert_allclose([one.value for one in scalars], log[name], rtol=1e-5, atol=1e-9)
+    assert [one.step for one in events.Scalars("fine_r10")] == [6, 12]
+
+
+def test_tensorboard_that_is_not_there(workshop, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"): run(workshop.corpus, tmp_path / "out", tensorboard=True)
+
+
+def test_accumulation_is_the_mean_over_micro_batches():
+    "Without queue, matching and teacher's targets, two micro-batches give the mean of their gradients; teacher and queue move once."
+    config = Config(**TINY | {"queue_size": 9, "token_slots": 0, "negatives": "batch", "sim_weight": 0.0, "alpha": 0.0, "queue_warmup_steps": 100, "clip_norm": 0.0})
+    generator = torch.Generator().manual_seed(0)
+    batches_ = [Batch(torch.randn(n, 5, 8, generator=generator), torch.full((n,), 5), torch.rand(n, 16, 3, generator=generator), torch.arange(n) + 10 * n, [str(i) for i in range(n)]) for n in (3, 2)]
+
+    def gradients(parts):
+        torch.manual_seed(0)
+        alignment = Alignment(SpeechImageModel(config, *toy_towers(config))).train()
+        for module in alignment.modules():
+            if isinstance(module, nn.Dropout): module.p = 0.0
+            if hasattr(module, "dropout") and isinstance(module.dropout, float): module.dropout = 0.0
+        train_room.train_step(alignment, make_optimizer(alignment.model, config), parts, 0, torch.Generator().manual_seed(0))
+        return {name: p.grad.clone() for name, p in alignment.model.named_parameters() if p.grad is not None}, alignment
+
+    both, alignment = gradients(batches_)
+    first, second = gradients(batches_[:1])[0], gradients(batches_[1:])[0]
+    for name in both: torch.testing.assert_close(both[name], 0.6 * first[name] + 0.4 * second[name], rtol=1e-4, atol=1e-6)
+    assert int(alignment.queue.pointer) == 5
+    slow, fast = next(alignment.teacher.parameters()), next(alignment.model.encoders.parameters())
+    assert not torch.equal(slow, fast)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_it_learns_the_same(workshop, tmp_path):
+    out = run(workshop.corpus, tmp_path / "out", compile=True, steps=3, evaluate_every=3, checkpoint_every=3)
+    plain = run(workshop.corpus, tmp_path / "plain", steps=3, evaluate_every=3, checkpoint_every=3)
+    np.testing.assert_allclose(pd.read_csv(out / "log.csv")["loss"], pd.read_csv(plain / "log.csv")["loss"], rtol=1e-3)
+    assert not any("_orig_mod" in name for name in latest_checkpoint(out)[1])

@@ -2,8 +2,8 @@
 
     python tools/publish.py runs/reference data/models/reference
 
-Copies config.json and model.safetensors, and writes metrics.json beside them: what the training said of itself, and what
-the model scores on everything that ships. The tables of nbs/index.ipynb and of the README are read from that file.
+Writes config.json, model.safetensors, a model card and metrics.json: what the training said of itself, and what the model
+scores on everything that ships. The tables of nbs/index.ipynb and of the README are read from that file.
 """
 
 import datetime
@@ -31,19 +31,17 @@ def measure(model) -> dict:
 
 def publish(run: Path, folder: Path) -> dict:
     "Measure the model of a run, copy it to `folder`, and return what metrics.json now holds."
-    from speechimg.core import atomic_write, read_json, write_json
+    from speechimg.core import read_json
     from speechimg.retrieval import load_model
 
     metrics = read_json(run / "metrics.json")
     recipe = folder / "train.json"
     if recipe.exists():  # the run's own word for it names a file that is not in the project
         metrics["command"] = f"speechimg train --corpus scenes --config {recipe.as_posix()} --out {run.as_posix()}"
-    metrics |= {"name": folder.name, "date": datetime.date.today().isoformat(), "evaluations": measure(load_model(run))}
-    for name in ("config.json", "model.safetensors"):
-        with atomic_write(folder / name) as file:
-            file.write((run / name).read_bytes())
-    write_json(folder / "metrics.json", metrics)
-    return metrics
+    model = load_model(run)
+    model.run = metrics | {"name": folder.name, "date": datetime.date.today().isoformat(), "evaluations": measure(model)}
+    model.save_pretrained(folder)
+    return model.run
 
 
 if __name__ == "__main__":
