@@ -173,7 +173,7 @@ def test_publish_and_demo(miniature_project, tmp_path, monkeypatch, capsys, fres
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert sorted(metrics["evaluations"]) == ["stamps_en", "test", "test_style"]
     assert metrics["evaluations"]["test"]["swap"] and not metrics["evaluations"]["test_style"]["swap"]
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "metrics.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "metrics.json", "model.safetensors"]
 
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setattr(demo, "SMALL", demo.SMALL | {"width": 16, "dim": 8, "heads": 2, "batch_size": 8, "steps": 4, "evaluate_every": 2})
@@ -206,7 +206,7 @@ def make(*arguments):
 
 def test_make_lists_its_commands():
     text = make().stdout
-    assert all(f"make {name} " in text for name in ("demo", "test", "check", "lab", "corpora", "reference", "small", "notebooks", "readme", "export"))
+    assert all(f"make {name} " in text for name in ("demo", "test", "check", "lab", "corpora", "reference", "small", "notebooks", "readme", "export", "soak"))
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "check", "reference", "corpora", "notebooks"])
