@@ -51,15 +51,23 @@ def start(arguments, cache, **options):
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(cache), start_new_session=True, **{"stdin": subprocess.DEVNULL} | options)
 
 
+def high_water(pid="self"):
+    "The largest memory of a process since it began its program, in MiB; ru_maxrss would count what its parent held at the fork."
+    try: lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError: return 0.0  # it has ended
+    return max([int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")], default=0.0)
+
+
 def child(arguments, cache, kill_after=None, limit=300, space=None):
     "Run, or run and SIGKILL after so many seconds: .code .out .err .seconds .peak (MiB) .killed"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.monotonic()
         process = start(arguments, cache, stdout=out, stderr=err)
         if space: resource.prlimit(process.pid, resource.RLIMIT_AS, (space, space))
-        until, status = begin + (limit if kill_after is None else kill_after), 0
+        until, status, peak = begin + (limit if kill_after is None else kill_after), 0, 0.0
         try:
             while True:
+                peak = max(peak, high_water(process.pid))
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 if pid: break
                 if time.monotonic() >= until:
@@ -72,7 +80,7 @@ def child(arguments, cache, kill_after=None, limit=300, space=None):
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0), err.seek(0)
-        return SimpleNamespace(code=process.returncode, out=out.read(), err=err.read(), seconds=time.monotonic() - begin, peak=usage.ru_maxrss / 1024, killed=process.returncode == -signal.SIGKILL)
+        return SimpleNamespace(code=process.returncode, out=out.read(), err=err.read(), seconds=time.monotonic() - begin, peak=peak, killed=process.returncode == -signal.SIGKILL)
 
 
 def cli(*arguments): return ["-m", "speechimg.cli", *arguments]
@@ -353,7 +361,7 @@ def work_off():
             except SystemExit as error: code = error.code
             sys.stdout.flush(), sys.stderr.flush()
             out.seek(0), err.seek(0)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak = high_water()
             print(json.dumps({"code": code, "out": out.read()[-2000:], "err": err.read()[-4000:], "seconds": time.monotonic() - begin, "peak": peak}), file=answer, flush=True)
 
 
