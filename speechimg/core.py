@@ -91,8 +91,8 @@ class Config:
     layer_decay: float = setting(1.0, low=0.1, high=1)  # of the learning rate, per layer below the top of a fine-tuned tower
     cache_towers: bool = setting(True)                  # outputs of frozen towers are computed once and kept on disk
     checkpointing: bool = setting(False)                # compute activations of fine-tuned towers twice, to store fewer
-    width: int = setting(128, low=1, high=2**16)                    # size of a token
-    dim: int = setting(128, low=1, high=2**16)                      # size d of an embedding (ALBEF default 256, the paper's value not seen)
+    width: int = setting(128, low=1, high=2**16)        # size of a token
+    dim: int = setting(128, low=1, high=2**16)          # size d of an embedding (ALBEF default 256, the paper's value not seen)
     speech_depth: int = setting(1, low=0)               # attention blocks in the speech tower
     image_depth: int = setting(2, low=0)                # attention blocks in the image tower
     fusion_depth: int = setting(2, low=0)               # blocks of the multimodal encoder (ALBEF default 6, the paper's value not seen)
@@ -102,7 +102,7 @@ class Config:
     temperature: float = setting(0.07, low=1e-6)        # where the learned temperature starts (ALBEF default, the paper's value not seen)
     temperature_min: float = setting(0.001, low=1e-6)   # clamped to this range at every step (ALBEF default, the paper's value not seen)
     temperature_max: float = setting(0.5, low=1e-6)
-    queue_size: int = setting(1024, low=0, high=10**9)              # past embeddings kept as extra negatives; at most about one epoch of pairs
+    queue_size: int = setting(1024, low=0, high=10**9) # past embeddings kept as extra negatives; at most about one epoch of pairs
     token_slots: int = setting(0, low=0)                # newest queue entries that also keep their tokens
     momentum: float = setting(0.995, low=0, high=1)     # of the teacher (ALBEF default, the paper's value not seen)
     alpha: float = setting(0.4, low=0, high=1)          # weight of the teacher's soft targets (ALBEF default, the paper's value not seen)
@@ -133,7 +133,7 @@ class Config:
     captions_per_image: int = setting(1, low=0)         # captions of one image in one batch; 0 = no limit
     augment: bool = setting(True)                       # change every training batch a little
     precision: str = setting("float32", choices=("float32", "bfloat16"))
-    seed: int = setting(0, low=0, high=2**62)                       # all randomness starts here
+    seed: int = setting(0, low=0, high=2**62)           # all randomness starts here
     evaluate_every: int = setting(500, low=1)           # steps between validations
     checkpoint_every: int = setting(500, low=1)         # steps between checkpoints
     score_mode: str = setting("sim", choices=("sim", "sum", "logits"))  # re-rank by matching alone, matching + cosine, or matching + cosine / temperature

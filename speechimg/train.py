@@ -71,14 +71,14 @@ def batches(config, features, start=0):  # Config, data.Features, first step wan
 def train_step(alignment, optimizer, batches, step, generator):  # Alignment (or DDP around it); one Batch, or several micro-batches; steps done so far; source of negatives
     "One optimiser step -> (list of StepOutput, gradient norm). Raises FloatingPointError, with nothing changed, for a number that is not finite."
     inner, batches = getattr(alignment, "module", alignment), batches if isinstance(batches, list) else [batches]
-    config, outputs, pairs = inner.config, [], sum(len(batch.ids) for batch in batches)
+    config, outputs, pairs = inner.config, [], sum_over_all(sum(len(batch.ids) for batch in batches), batches[0].ids.device)
     for group in optimizer.param_groups: group["lr"] = learning_rate(config, step) * group["factor"]
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator)) + world().rank)   # dropout draws from the global source
     optimizer.zero_grad()
     for batch in batches:
         with nullcontext() if batch is batches[-1] or alignment is inner else alignment.no_sync():  # gradients travel between processes once
             outputs.append(alignment(batch, step, generator))
-            (outputs[-1].loss * (len(batch.ids) / pairs)).backward()
+            (outputs[-1].loss * (len(outputs[-1].keys.ids) / pairs)).backward()   # its share of the step, over all processes
     norm = torch.nn.utils.clip_grad_norm_(inner.model.parameters(), config.clip_norm or math.inf)
     if not (norm.isfinite() and all(output.loss.isfinite() for output in outputs)):
         raise FloatingPointError(f"the loss is {average_of(outputs, 'sic'):.4g} (contrastive) + {average_of(outputs, 'sim'):.4g} (matching), its gradient {norm.item():.4g}")
@@ -112,6 +112,8 @@ def sibling_trials(features, most=200):  # data.Features, trials at most
 # %% ../nbs/13_train.ipynb #fc66cec3
 def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in train
     "(features by split, fingerprint of the data, Alignment, optimizer, steps done, seconds spent): fresh, or as a checkpoint has them."
+    if config.batch_size < config.accumulate * world().size:              # an empty part would leave the others waiting
+        raise InputError("batch_size", f"{config.batch_size} is too small for {world().size} processes with accumulate {config.accumulate}", "raise it, or lower accumulate or the number of processes")
     if not resume and (checkpoints(out) or (out / "metrics.json").exists()):
         raise InputError(out, "already holds a run", "go on with it by --resume, or choose another folder")
     parts = {split: some_of(load_corpus(corpus, split, on_error), limit, config.seed) for split in ("train", "val")
