@@ -7,6 +7,7 @@ __all__ = ['World', 'world', 'processes', 'zero_first', 'row_counts', 'all_rows'
            'sum_over_all', 'average']
 
 # %% ../nbs/10b_distributed.ipynb #d8333e00
+import gc
 import os
 import signal
 from contextlib import contextmanager
@@ -40,16 +41,20 @@ def processes(hours=2):  # how long the others may wait while one of them evalua
     "Join the processes that torchrun started, if it did; yields World. Raises InputError when another process is lost."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield World(0, 1); return
     def stopped(number, frame): raise _lost("asked to stop")
+    import torch.distributed.nn.functional  # before there is a group: its functions would keep the one they find as a default, for ever
     before = signal.signal(signal.SIGTERM, stopped)
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=hours))
     try: yield world()
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection", "peer")): raise _lost(str(error).splitlines()[0][:120]) from None
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection", "peer")):
+            before = signal.SIG_IGN  # torchrun will ask to stop what is stopping; the last words come first
+            raise _lost(str(error).splitlines()[0][:120]) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+        gc.collect()  # only a group that nobody holds ends its threads, and one of them that outlives Python would abort the process
 
 
 @contextmanager

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COLUMNS', 'checkpoints', 'prune', 'discard', 'settle', 'save_checkpoint', 'latest_checkpoint', 'restore',
-           'open_log', 'validation_row', 'draw_curves']
+           'open_log', 'validation_row', 'draw_curves', 'board']
 
 # %% ../nbs/12b_runs.ipynb #a6fde718
 import os
 import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -133,3 +134,13 @@ def draw_curves(log, path):  # log.csv to read, picture to write
         if len(table): sns.lineplot(table, ax=axis, dashes=False, marker="o" if len(table) < 60 else None)
         axis.set(xlabel="step", ylabel=label)
     with atomic_write(path) as file: figure.savefig(file, format="png", dpi=80)
+
+# %% ../nbs/12b_runs.ipynb #b0a4d002
+@contextmanager
+def board(config, out, first):  # Config: tensorboard; folder of the run; whether this process writes
+    "A function that shows a row of the log in TensorBoard, where that is wished."
+    if not (config.tensorboard and first): yield lambda row: None; return
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise InputError("tensorboard", "is not installed", "pip install tensorboard, or set tensorboard to false") from None
+    with SummaryWriter(out / "tensorboard") as writer:
+        yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items() if name != "step"]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'make_optimizer', 'layer_rates', 'generator_for', 'batches', 'train_step', 'average_of', 'some_of',
-           'sibling_trials', 'prepare', 'Steps', 'share', 'train', 'together', 'board']
+           'sibling_trials', 'prepare', 'Steps', 'share', 'train', 'together']
 
 # %% ../nbs/13_train.ipynb #14fe1495
 import math, shutil, time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from .distributed import average, processes, sum_over_all, world, zero_first
 from .hubert import rate_factors
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
-from .runs import COLUMNS, checkpoints, draw_curves, latest_checkpoint, open_log, prune, restore, save_checkpoint, validation_row
+from .runs import COLUMNS, board, checkpoints, draw_curves, latest_checkpoint, open_log, prune, restore, save_checkpoint, validation_row
 
 # %% ../nbs/13_train.ipynb #8027b51c
 def learning_rate(config, step):  # Config, optimiser steps done so far
@@ -234,16 +234,6 @@ def together(alignment):
     "The engine that averages gradients between processes while they are computed. Queues and teachers stay equal by themselves."
     with warnings.catch_warnings(action="ignore"):                         # an option has a new name that older versions lack
         return DistributedDataParallel(alignment, broadcast_buffers=False, find_unused_parameters=alignment.config.sim_start_step > 0 or alignment.config.sim_weight == 0)
-
-
-@contextmanager
-def board(config, out, first):  # Config: tensorboard; folder of the run; whether this process writes
-    "A function that shows a row of the log in TensorBoard, where that is wished."
-    if not (config.tensorboard and first): yield lambda row: None; return
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise InputError("tensorboard", "is not installed", "pip install tensorboard, or set tensorboard to false") from None
-    with SummaryWriter(out / "tensorboard") as writer:
-        yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items() if name != "step"]
 
 # %% ../nbs/13_train.ipynb #13main04
 if __name__ == "__main__" and "__file__" in globals():                     # torchrun --nproc-per-node N -m speechimg.train --corpus ... --out ...

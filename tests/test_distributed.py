@@ -143,6 +143,28 @@ def test_a_training_by_two_processes_is_that_of_one(mini, alone):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+THREADS = """
+import os, sys
+from pathlib import Path
+from speechimg.core import Config
+from speechimg.train import train
+
+train(Config.load(sys.argv[1]), sys.argv[2], sys.argv[3], progress=False)
+names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+print("RANK", os.environ["RANK"], sum("gloo" in name for name in names), "\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to list threads")
+def test_no_thread_of_the_group_outlives_the_training(mini, tmp_path):
+    "One that still runs while Python ends aborts the process now and then, after all was written."
+    (tmp_path / "program.py").write_text(THREADS)
+    done = subprocess.run(command(2, tmp_path / "program.py", mini.parent / "config.json", mini, tmp_path / "out"), env=ALONE, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RANK")) == [["0", "0"], ["1", "0"]]
+
+
 @pytest.mark.slow
 def test_killed_rank_ends_the_job_and_one_process_goes_on(mini):
     "SIGKILL of rank 1 in the middle: soon over, one clear line, the checkpoint intact; one process goes on from it to the end."
