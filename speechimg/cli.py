@@ -30,6 +30,7 @@ class Train:
     resume: bool = False  # go on from the newest complete checkpoint in --out
     on_error: Literal["raise", "skip"] = "raise"  # at a file that cannot be read: stop, or leave it out and say so
     limit: int | None = None  # use only so many captions of each split
+    start: str | None = None  # begin with the weights of this model: reference, small, or a folder that train made
     steps: int | None = None  # optimiser steps, instead of the config's
     seed: int | None = None  # instead of the config's
     set: UseAppendAction[list[str]] = field(default_factory=list)  # one setting as NAME=VALUE, may be repeated; --set batch_size=32
@@ -39,7 +40,7 @@ class Train:
         config = settings(self.config, self.set, steps=self.steps, seed=self.seed)
         if self.limit is not None and self.limit < 1: raise InputError("--limit", f"{self.limit} leaves nothing to train on", "give at least 1")
         from speechimg.train import train
-        folder = train(config, self.corpus, self.out, self.resume, self.on_error, self.limit, progress=sys.stderr.isatty())
+        folder = train(config, self.corpus, self.out, self.resume, self.on_error, self.limit, start=self.start, progress=sys.stderr.isatty())
         metrics = read_json(folder / "metrics.json")
         print(f"trained {metrics['steps']} steps in {metrics['seconds']:.0f} s; the model is in {folder}")
         if metrics["validation"]: print(table(metrics["validation"]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COLUMNS', 'checkpoints', 'prune', 'discard', 'settle', 'save_checkpoint', 'latest_checkpoint', 'restore',
-           'open_log', 'validation_row', 'draw_curves', 'board']
+           'open_log', 'validation_row', 'draw_curves', 'begin_with', 'board']
 
 # %% ../nbs/12b_runs.ipynb #a6fde718
 import os
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from .core import InputError, atomic_write, read_json, set_theme, write_json
 from .data import sha256
+from .retrieval import load_model
 
 # %% ../nbs/12b_runs.ipynb #33e0bcda
 PARTS = ("model", "alignment", "optimizer")  # the files of a checkpoint; no other name is ever opened
@@ -134,6 +135,14 @@ def draw_curves(log, path):  # log.csv to read, picture to write
         if len(table): sns.lineplot(table, ax=axis, dashes=False, marker="o" if len(table) < 60 else None)
         axis.set(xlabel="step", ylabel=label)
     with atomic_write(path) as file: figure.savefig(file, format="png", dpi=80)
+
+# %% ../nbs/12b_runs.ipynb #be917002
+def begin_with(model, start):  # SpeechImageModel, changed in place; "reference", "small", or a folder that train made
+    "Give a model the weights of a trained one -> their fingerprint. Raises InputError where they do not fit."
+    given = load_model(start).state_dict()
+    try: model.load_state_dict(given)
+    except RuntimeError as error: raise InputError(start, f"does not fit: {' '.join(str(error).split())[:120]} ...", "train with the towers, width, dim, depths and heads of that model") from None
+    return sha256("".join(sha256(tensor.cpu().contiguous().view(-1).numpy().tobytes()) for tensor in given.values()))
 
 # %% ../nbs/12b_runs.ipynb #b0a4d002
 @contextmanager

@@ -23,7 +23,7 @@ from .distributed import average, processes, sum_over_all, world, zero_first
 from .hubert import rate_factors
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
-from .runs import COLUMNS, board, checkpoints, draw_curves, latest_checkpoint, open_log, prune, restore, save_checkpoint, validation_row
+from .runs import COLUMNS, begin_with, board, checkpoints, draw_curves, latest_checkpoint, open_log, prune, restore, save_checkpoint, validation_row
 
 # %% ../nbs/13_train.ipynb #8027b51c
 def learning_rate(config, step):  # Config, optimiser steps done so far
@@ -110,14 +110,14 @@ def sibling_trials(features, most=200):  # data.Features, trials at most
     return torch.stack([rows, images[rows], images[sibling.int().argmax(1)]], 1)[sibling.any(1)]
 
 # %% ../nbs/13_train.ipynb #fc66cec3
-def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in train
+def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  # as in train
     "(features by split, fingerprint of the data, Alignment, optimizer, steps done, seconds spent): fresh, or as a checkpoint has them."
     if config.batch_size < config.accumulate * world().size:              # an empty part would leave the others waiting
         raise InputError("batch_size", f"{config.batch_size} is too small for {world().size} processes with accumulate {config.accumulate}", "raise it, or lower accumulate or the number of processes")
     if not resume and (checkpoints(out) or (out / "metrics.json").exists()):
         raise InputError(out, "already holds a run", "go on with it by --resume, or choose another folder")
-    parts = {split: some_of(load_corpus(corpus, split, on_error), limit, config.seed) for split in ("train", "val")
-             if split == "train" or split in splits(find(corpus))}         # validation is optional
+    known = lambda split: load_corpus(corpus, split, on_error) if split == "train" or split in splits(find(corpus)) else None
+    parts = {split: some_of(part, limit, config.seed) for split in ("train", "val") if (part := (corpus if callable(corpus) else known)(split)) is not None}
     seed_everything(config.seed)
     model = SpeechImageModel(config, *towers(config))
     with zero_first(): features = {split: load_features(model, part, on_error) for split, part in parts.items()}
@@ -126,6 +126,7 @@ def prepare(config, corpus, out, resume, on_error, limit, towers):  # as in trai
         except OSError as error: raise InputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write") from None
         for stale in out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()  # a run was killed while it wrote
     data = {f"{split}.json": part.fingerprint() for split, part in parts.items()} | {"recordings": sha256("\n".join(features["train"].uttids))}
+    if start: data["start"] = begin_with(model, start)                     # before the teacher is copied from it
     if config.queue_size > len(features["train"]):
         warnings.warn(f"queue_size {config.queue_size} is more than the {len(features['train'])} recordings: its oldest entries are stale copies")
     lengths = (0, 0)
@@ -170,26 +171,27 @@ def share(rows, parts):  # a list, how many
 
 # %% ../nbs/13_train.ipynb #13loop03
 def train(config,               # Config
-          corpus="scenes",      # name, or a folder or .zip with train and, for validation, val
+          corpus="scenes",      # name, or a folder or .zip with train and, if there is one, val; or a function: split -> Corpus, or None
           out="runs/train",     # folder for checkpoints, log.csv, curves.png and the model
           resume=False,         # go on from the newest complete checkpoint in out, if there is one
           on_error="raise",     # or "skip": leave out what cannot be read, and list it in skipped.txt
           limit=None,           # use only so many captions of each split
           towers=build_towers,  # config -> (speech tower, image tower)
+          start=None,           # begin with the weights of this model: reference, small, or a folder that train made
           on_step=None,         # called as on_step(row of the log) after each step
           progress=True,        # show a bar
          ):
     "Train and save a model -> its folder. Raises InputError for wrong input, a loss that is not finite, a folder in use, a lost process."
     with processes():
-        _train(config, corpus, Path(out), resume, on_error, limit, towers, on_step, progress)
+        _train(config, corpus, Path(out), resume, on_error, limit, towers, start, on_step, progress)
         sum_over_all(0, default_device())                                  # nobody leaves before the first one has written everything
     return Path(out)
 
 
-def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progress):
+def _train(config, corpus, out, resume, on_error, limit, towers, start, on_step, progress):
     from tqdm.auto import tqdm
     begin, metrics, first = time.perf_counter(), None, world().rank == 0   # only the first process writes
-    features, data, alignment, optimizer, done, before = prepare(config, corpus, out, resume, on_error, limit, towers)
+    features, data, alignment, optimizer, done, before = prepare(config, corpus, out, resume, on_error, limit, towers, start)
     model, device, probe = alignment.model, default_device(), sibling_trials(features["val"]) if "val" in features else None
     stepper = alignment if world().size == 1 else together(alignment)
     elapsed = lambda: round(before + time.perf_counter() - begin, 1)
@@ -223,7 +225,8 @@ def _train(config, corpus, out, resume, on_error, limit, towers, on_step, progre
         with atomic_write(out / "skipped.txt", "w") as file: file.write("\n".join([*skipped, ""]))
         print(f"left out {len(skipped)} files or entries, listed in {out / 'skipped.txt'}")
     model.run = {
-        "command": f"speechimg train --corpus {corpus} --out {out.name} --config config.json" + (f" --limit {limit}" if limit else ""),
+        "command": f"speechimg train --corpus {getattr(corpus, '__name__', corpus)} --out {out.name} --config config.json"
+                   + (f" --limit {limit}" if limit else "") + (f" --start {Path(start).name}" if start else ""),
         "seed": config.seed, "config": config.to_dict(), "data": data, "seconds": elapsed(), "steps": done, "skipped": len(skipped),
         "recordings": {split: len(part) for split, part in features.items()}, "parameters": sum(p.numel() for p in model.parameters()), "processes": world().size,
         "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__, "validation": metrics}
