@@ -1,6 +1,7 @@
 """Build the `scenes` corpus: pictures with grammar, spoken by synthetic voices.
 
-    python data/build_scenes.py --out data            # writes scenes.zip and scenes-train.zip
+    python data/build_scenes.py --out data            # writes scenes.zip, scenes-train.zip and scenes-voice.zip
+    python data/build_scenes.py --out data --voice    # only the last, from the scenes-train.zip that lies there: speaks, draws nothing
 
 Everything is derived from one seed and from packages fetched by name (see `sources.py`); README.md beside this file
 lists origins and licences. Speech needs the Debian packages espeak-ng, flite, festival, festvox-kallpc16k,
@@ -34,7 +35,7 @@ WORDS = {2: 'two', 3: 'three', 4: 'four'}
 STYLES, HELD_OUT_STYLE = ('fluent-3d', 'fluent-flat', 'twemoji', 'openmoji'), 'noto'
 
 # ---------------------------------------------------------------------------------------------- voices
-# A voice is (engine, name). Those in TEST_VOICES speak in `test` and nowhere else: at least one of every engine.
+# A voice is (engine, name). Those in TEST_VOICES speak in `test` and `voice` and nowhere else: at least one of every engine.
 ACCENTS = ('en-us', 'en-gb', 'en-gb-scotland', 'en-gb-x-gbclan', 'en-gb-x-rp', 'en-gb-x-gbcwmd', 'en-029', 'en-us-nyc')
 VARIANTS = ('m1', 'm2', 'm3', 'm4', 'm6', 'm8', 'f1', 'f2', 'f3', 'f5', 'Andy', 'Annie', 'Gene', 'Alex', 'Alicia', 'linda',
             'edward', 'Michael', 'steph', 'victor', 'belinda', 'max', 'Lee', 'zac')
@@ -348,6 +349,29 @@ def plan():
     return entries, probe(entries['test'])
 
 
+VOICE_GROUPS = [2] * 50 + [1] * 100                         # pictures from each group of siblings: 200, half of them beside a sibling
+
+
+def voice_entries(train):
+    """The split `voice`: pairs of `train`, as they stand there, said anew by the voices of `test`; only the voices are unheard.
+
+    Its random stream is its own, and what it draws from is the manifest of `train`: it can be made without the other splits.
+    Wordings are drawn as for `test`, whatever `train` says of the picture: a sentence may occur in both."""
+    rng, groups = random.Random(f'{SEED} voice'), {}
+    for entry in train:
+        if entry['scene']['kind'] == 'pair': groups.setdefault(entry['group'], {}).setdefault(entry['meaning'], entry)
+    groups = [list(group.values()) for group in groups.values() if len(group) > 1]
+    chosen = [e for group, n in zip(rng.sample(groups, len(groups)), VOICE_GROUPS) for e in rng.sample(group, n)]
+    entries = []
+    for entry in sorted(chosen, key=lambda e: e['image']):
+        name = 'voice' + re.search(r'\d+', entry['image'])[0]  # the number of its picture in `train`
+        spoken = [(text, draw_voice(TEST_VOICES, rng)) for text in captions(entry['scene'], 2, rng, 0.3)]
+        entries.append({**entry, 'captions': [
+            {'text': t, 'speaker': speaker(v), 'uttid': f'{name}_{j}', 'wav': f'wavs/{name}_{j}.ogg', 'language': 'en', '_voice': v}
+            for j, (t, v) in enumerate(spoken)]})
+    return entries
+
+
 def probe(entries):
     "Test pictures that differ only in binding: every caption of one of them, with the picture it means and the other one."
     rows = []
@@ -378,8 +402,23 @@ def write_zip(path, files):
     print(f'{path}: {len(files)} files, {path.stat().st_size / 1e6:.1f} MB')
 
 
+def manifest(entries):
+    "The JSON file of a split; what only the build has to know is left out."
+    return json.dumps({'data': [{**e, 'captions': [{k: v for k, v in c.items() if k != '_voice'} for c in e['captions']]}
+                                for e in entries]}, separators=(',', ':')).encode()
+
+
+def build_voice(out, workers=2):
+    "Write scenes-voice.zip into `out`, beside the scenes-train.zip that lies there and holds its pictures."
+    with zipfile.ZipFile(Path(out) / 'scenes-train.zip') as archive: entries = voice_entries(json.loads(archive.read('train.json'))['data'])
+    clips = [(c['uttid'], c['text'], c['_voice'], False) for e in entries for c in e['captions']]
+    with multiprocessing.Pool(workers) as pool: spoken = [x for part in pool.imap(speak, chunks(clips, 200)) for x in part]
+    print(f'voice: {len(entries)} pictures of train, {len(spoken)} clips, {sum(t for *_, t in spoken) / 60:.1f} min')
+    write_zip(Path(out) / 'scenes-voice.zip', {**{f'wavs/{uttid}.ogg': data for uttid, data, _ in spoken}, 'voice.json': manifest(entries)})
+
+
 def build(out, workers=2, only=None):
-    "Write scenes.zip (val, test, test_style, swap) and scenes-train.zip into `out`."
+    "Write scenes.zip (val, test, test_style, swap), scenes-train.zip and scenes-voice.zip into `out`."
     entries, swap = plan()
     if only: entries = {k: v[:only] for k, v in entries.items()}
     pictures = [(e['image'], e['scene'], e['image'].replace('style', 'test'), None) for s in entries.values() for e in s]
@@ -392,13 +431,12 @@ def build(out, workers=2, only=None):
         spoken = [x for part in pool.imap(speak, chunks(clips, 200)) for x in part]
     print(f'clips spoken: {sum(len(d) for _, d, _ in spoken) / 1e6:.1f} MB, {sum(t for *_, t in spoken) / 3600:.2f} h')
     waves = {f'wavs/{uttid}.ogg': data for uttid, data, _ in spoken}
-    manifest = lambda split: json.dumps({'data': [{**e, 'captions': [{k: v for k, v in c.items() if k != '_voice'} for c in e['captions']]}
-                                                  for e in entries[split]]}, separators=(',', ':')).encode()
     train = {k: v for k, v in {**images, **waves}.items() if k.split('/')[1].startswith('train')}
     rest = {k: v for k, v in {**images, **waves}.items() if k not in train}
-    write_zip(Path(out) / 'scenes-train.zip', {**train, 'train.json': manifest('train')})
-    write_zip(Path(out) / 'scenes.zip', {**rest, **{f'{s}.json': manifest(s) for s in ('val', 'test', 'test_style')},
+    write_zip(Path(out) / 'scenes-train.zip', {**train, 'train.json': manifest(entries['train'])})
+    write_zip(Path(out) / 'scenes.zip', {**rest, **{f'{s}.json': manifest(entries[s]) for s in ('val', 'test', 'test_style')},
                                          'swap.json': json.dumps({'data': swap}, separators=(',', ':')).encode()})
+    build_voice(out, workers)
 
 
 if __name__ == '__main__':
@@ -406,5 +444,6 @@ if __name__ == '__main__':
     parser.add_argument('--out', default=Path(__file__).parent, type=Path)
     parser.add_argument('--workers', default=2, type=int)
     parser.add_argument('--only', type=int, help='the first N pictures of each split: a quick look')
+    parser.add_argument('--voice', action='store_true', help='only scenes-voice.zip, from the scenes-train.zip in OUT')
     args = parser.parse_args()
-    build(args.out, args.workers, args.only)
+    build_voice(args.out, args.workers) if args.voice else build(args.out, args.workers, args.only)

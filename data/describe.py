@@ -29,7 +29,7 @@ def scenes():
     "Counts per split, kind, style and voice of `scenes`."
     parts = manifests('scenes')
     probe = parts.pop('swap')
-    parts = {split: parts[split] for split in ('train', 'val', 'test', 'test_style')}
+    parts = {split: parts[split] for split in ('train', 'val', 'test', 'test_style', 'voice')}
     kinds = {s: Counter(e['scene']['kind'] for e in entries) for s, entries in parts.items()}
     groups = {s: Counter(e['group'] for e in entries) for s, entries in parts.items()}
     yield '**Splits.** "With siblings": pictures whose nouns occur in the same split in another binding.'
@@ -41,15 +41,15 @@ def scenes():
         for s, entries in parts.items()])
     yield f'**Swap probe** (`swap.json`, pictures of `test`): {len(probe)} trials over {len({(r["image"], r["other"]) for r in probe})} ordered pairs of pictures.'
     yield table(['kind', 'trials'], sorted(Counter(r['kind'] for r in probe).items()))
-    yield '**Drawing styles** (pictures).'
+    yield '**Drawing styles** (pictures; those of `voice` are among those of `train`).'
     styles = sorted({e['scene']['style'] for entries in parts.values() for e in entries})
     yield table(['split', *styles], [[s, *(Counter(e['scene']['style'] for e in entries)[x] for x in styles)] for s, entries in parts.items()])
     yield '**Engines** (captions; voices in brackets). `test_style` says the captions of `test`.'
     engines = ('espeak-ng', 'festival', 'flite')
-    said = {s: [c['speaker'] for e in parts[s] for c in e['captions']] for s in ('train', 'val', 'test')}
+    said = {s: [c['speaker'] for e in parts[s] for c in e['captions']] for s in ('train', 'val', 'test', 'voice')}
     yield table(['split', *engines], [[s, *(f'{sum(x.startswith(g) for x in v)} ({len({x for x in v if x.startswith(g)})})' for g in engines)]
                                       for s, v in said.items()])
-    yield 'Voices that speak in `test` only: ' + ', '.join(f'`{v}`' for v in sorted({re.sub(r":.*\+", ":*+", v) for v in said['test']})) + \
+    yield 'Voices that speak in `test` and `voice` only: ' + ', '.join(f'`{v}`' for v in sorted({re.sub(r":.*\+", ":*+", v) for v in said['test']})) + \
         ' (`*` stands for each of the eight English accents).'
 
 

@@ -91,7 +91,7 @@ class HubModel(PyTorchModelHubMixin, library_name="speechimg", license="apache-2
         run, info = self.run or {}, self._hub_mixin_info
         corpus = re.search(r"--corpus (\S+)", str(run.get("command", "")))
         corpus, rows = Path(corpus[1]).stem if corpus else "unknown", list(card_figures(run))
-        of = lambda name: corpus if re.match(r"(validation|test)(_|$)", name) else re.split(r"[_ ]", name)[0]  # "stamps_en (all)" is stamps
+        of = lambda name: corpus if re.match(r"(validation|test|voice)(_|$)", name) else re.split(r"[_ ]", name)[0]  # "stamps_en (all)" is stamps
         results = [EvalResult("retrieval", of(name), name, "recall", values[k], metric_name=f"R@{k}, {way}, {stage}", task_name="speech-image retrieval", dataset_split=name)
                    for name, stage, way, values in rows for k in ("1", "5", "10")]
         title = re.sub(r"[^\w.-]", "-", f"speechimg-{run.get('name') or corpus}")

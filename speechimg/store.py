@@ -6,7 +6,7 @@
 __all__ = ['MAX_BYTES', 'safe', 'Store', 'typed', 'parsed', 'manifest']
 
 # %% ../nbs/01b_store.ipynb #1f6f4a03
-import json, os, stat, zipfile
+import glob, json, os, stat, zipfile
 from pathlib import Path
 
 from .core import InputError
@@ -22,19 +22,22 @@ def safe(path, where):
     return path
 
 class Store:
-    "The files of a corpus: a folder, or a zip archive that is never unpacked; NAME-train.zip beside NAME.zip belongs to it."
+    "The files of a corpus: a folder, or a zip archive that is never unpacked; each NAME-*.zip beside NAME.zip belongs to it."
     def __init__(self, root):
         self.root, self.zipped, self.process, self.files, self.folders = Path(root), not Path(root).is_dir(), None, {}, {}
+        beside = self.root.parent.glob(f"{glob.escape(self.root.stem)}-*.zip") if self.zipped else ()
+        self.parts = [*sorted(part for part in beside if part.is_file()), self.root]  # the last one wins: a stray copy beside it changes no file of NAME.zip
         for name in self.open() if self.zipped else (): safe(name, self.root)
 
     def open(self):
         "{name: (archive, entry)}. Each process opens its own: after a fork two readers of one handle would move each other's place."
         if self.process != os.getpid():
-            parts = [part for part in (self.root.with_name(f"{self.root.stem}-train.zip"), self.root) if part == self.root or part.exists()]
-            try: archives = [zipfile.ZipFile(part) for part in parts]
-            except FileNotFoundError: raise InputError(self.root, "does not exist", "give a folder, a .zip file, or one of scenes, stamps") from None
-            except (OSError, zipfile.BadZipFile) as error:
-                raise InputError(self.root, f"is neither a folder nor a readable zip archive ({error})", "check the path or copy it again") from None
+            archives = []
+            for part in self.parts:
+                try: archives.append(zipfile.ZipFile(part))
+                except FileNotFoundError: raise InputError(part, "does not exist", "give a folder, a .zip file, or one of scenes, stamps") from None
+                except (OSError, zipfile.BadZipFile) as error:
+                    raise InputError(part, f"is neither a folder nor a readable zip archive ({error})", "check the path or copy it again") from None
             self.files, self.process = {entry.filename: (archive, entry) for archive in archives for entry in archive.infolist()}, os.getpid()
         return self.files
 

@@ -127,13 +127,40 @@ def test_a_subset_keeps_ids(place):
     assert part.subset([]).pictures == [] and part.subset([]).image_of.shape == (0,)
 
 
-def test_the_training_part_may_be_an_archive_of_its_own(tmp_path):
+def test_parts_may_be_archives_of_their_own(tmp_path):
     write_files(tmp_path / "two", {name: content for name, content in FILES.items() if "train" not in name}, zip=True)
     assert "choose from test, val" in complaint(load_corpus, tmp_path / "two.zip", "train")
     write_files(tmp_path / "two-train", {name: content for name, content in FILES.items() if "train" in name}, zip=True)
     corpus = load_corpus(tmp_path / "two.zip", "train")
     assert corpus.load_wave(0).numel() and len(corpus.pictures) == 8
     assert check_corpus(tmp_path / "two.zip") == []
+    again = json.loads(FILES["train.json"])["data"][:3]  # a part may speak of pictures that lie in another
+    for entry in again:
+        entry["captions"] = [{**entry["captions"][0], "uttid": f"again {entry['image']}", "wav": "wavs/again.wav"}]
+    write_files(tmp_path / "two-again", {"again.json": json.dumps({"data": again}).encode(), "wavs/again.wav": wav_bytes(speak(["red square"]))}, zip=True)
+    assert "choose from again, test, train, val" in complaint(load_corpus, tmp_path / "two.zip", "tset")
+    again = load_corpus(tmp_path / "two.zip", "again")
+    assert again.pictures == corpus.pictures[:3] and again.load_picture(2).tobytes() == corpus.load_picture(2).tobytes() and again.load_wave(2).numel()
+    assert pickle.loads(pickle.dumps(again)).load_wave(2).numel()
+
+
+def test_only_the_name_and_a_dash_make_a_part(tmp_path):
+    whole = write_files(tmp_path / "t[w]o", FILES, zip=True)  # brackets mean something in a pattern, and nothing in a name
+    for name in ("t[w]o2", "two-more", "other", "t[w]o_more", "at[w]o-more"):
+        write_files(tmp_path / name, {"stranger.json": b"{}"}, zip=True)
+    (tmp_path / "t[w]o-folder.zip").mkdir()
+    (tmp_path / "t[w]o-notes.txt").write_text("no archive")
+    assert Store(whole).names() == sorted(FILES)
+    write_files(tmp_path / "t[w]o-more", {"more.json": b"{}", "test.json": b"an old copy"}, zip=True)
+    assert set(Store(whole).names()) == {*FILES, "more.json"} and Store(whole).read("test.json") == FILES["test.json"]
+
+
+def test_a_part_is_no_more_believed_than_the_whole(tmp_path):
+    whole = write_files(tmp_path / "two", FILES, zip=True)
+    write_files(tmp_path / "two-a", {"../diary.txt": b""}, zip=True)
+    assert "leaves the folder" in complaint(Store, whole)
+    (tmp_path / "two-a.zip").write_bytes(b"no archive")
+    assert "two-a.zip: is neither a folder nor a readable zip archive" in complaint(Store, whole)
 
 
 def test_shipped_names(tmp_path, monkeypatch):

@@ -68,6 +68,8 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
         ("scenes", "validation"), ("scenes", "test"), ("scenes", "test_style"), ("stamps", "stamps_en (all)"), ("stamps", "stamps_en (nouns)")}
     assert len(figures) == 3 * (3 * 4 + 2 * 2)  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
     assert card.text.count("| fine |") == 3 * 2 + 2
+    make(run=RUN | {"evaluations": {"voice": RUN["evaluations"]["test"]}}).save_pretrained(tmp_path)
+    assert {result.dataset_type for result in ModelCard.load(tmp_path / "README.md").data.eval_results} == {"scenes"}
 
 
 def test_training_writes_the_card(tmp_path, miniature):

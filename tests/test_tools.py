@@ -154,7 +154,7 @@ def miniature_project(tmp_path_factory):
     from speechimg.model import SpeechImageModel
 
     data = tmp_path_factory.mktemp("a project") / "data"
-    miniature.make_corpus(data / "scenes", 12, 2, splits=("train", "val", "test", "test_style"), zip=True)
+    miniature.make_corpus(data / "scenes", 12, 2, splits=("train", "val", "test", "test_style", "voice"), zip=True)
     files = miniature.make_files(8, 1, splits=("all",))
     files.pop("swap.json", None)
     miniature.write_files(data / "stamps", files, zip=True)
@@ -171,7 +171,7 @@ def test_publish_and_demo(miniature_project, tmp_path, monkeypatch, capsys, fres
     folder = miniature_project / "models" / "reference"
     metrics = publish.publish(miniature_project.parent / "run", folder)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert sorted(metrics["evaluations"]) == ["stamps_en", "test", "test_style"]
+    assert sorted(metrics["evaluations"]) == ["stamps_en", "test", "test_style", "voice"]
     assert metrics["evaluations"]["test"]["swap"] and not metrics["evaluations"]["test_style"]["swap"]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "metrics.json", "model.safetensors"]
 

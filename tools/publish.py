@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def measure(model) -> dict:
-    "The model's scores on the test scenes, in the held-out style too, and on people: {set: figures}."
+    "The model's scores on the test scenes, in the held-out style too, on new voices alone, and on people: {set: figures}."
     from speechimg.corpora import find, load_corpus, load_probe, splits
     from speechimg.retrieval import evaluate, evaluate_corpus, load_features, swap_trials
 
     figures = {}
-    for split in ("test", "test_style"):
+    for split in ("test", "test_style", "voice"):
         if split in splits(find("scenes")):
             corpus = load_corpus("scenes", split)
             features = load_features(model, corpus)
