@@ -123,10 +123,14 @@ class Alignment(nn.Module):
         wrong_image, wrong_speech = draw(to_image), draw(to_speech)                                # (B, count), -1 = none; everybody draws for all, alike
         speech_anchor, wrong_image = (wrong_image >= 0).nonzero()[:, 0], wrong_image[wrong_image >= 0]
         image_anchor, wrong_speech = (wrong_speech >= 0).nonzero()[:, 0], wrong_speech[wrong_speech >= 0]
-        heard = [(speech, own), (speech, speech_anchor), (other_speech, wrong_speech)]               # right pairs, wrong pictures, wrong recordings
-        seen = [(image.tokens, own), (other_image, wrong_image), (image.tokens, image_anchor)]
-        with self.autocast(ids.device):
-            logits = self.model.match(gather((side.tokens, rows) for side, rows in heard), gather((side.mask, rows) for side, rows in heard), gather(seen))
+        heard, seen = (speech.tokens, speech.mask), image.tokens                                     # each recording and picture once
+        spoken, shown = wrong_speech, wrong_image                                                    # rows of the wrong ones in these
+        if len(memory["ids"]) or world().size > 1:                                                   # they come from elsewhere: below the others
+            heard = [gather([(mine, own), (other, wrong_speech)]) for mine, other in zip(speech, other_speech)]
+            seen = gather([(image.tokens, own), (other_image, wrong_image)])
+            spoken, shown = (size + torch.arange(len(rows), device=ids.device) for rows in (wrong_speech, wrong_image))
+        pairs = torch.cat([own, speech_anchor, spoken]), torch.cat([own, shown, image_anchor])       # right pairs, wrong pictures, wrong recordings
+        with self.autocast(ids.device): logits = self.model.match(*heard, seen, pairs)
         share = len(logits) * len(counts) / sum_over_all(len(logits), logits.device)                      # 1, unless the processes have unequally many pairs
         return share * sim_loss(*logits.split([size, len(wrong_image), len(wrong_speech)])), logits  # (B + n + n', 2)
 

@@ -134,9 +134,9 @@ class SpeechImageModel(nn.Module, HubModel):
     def encode_speech(self, features, lengths): return self.encoders.encode_speech(features, lengths)
     def encode_image(self, features): return self.encoders.encode_image(features)
 
-    def match(self, speech_tokens, speech_mask, image_tokens):  # (n, 1+T, w), (n, 1+T), (n, 1+P, w)
+    def match(self, speech_tokens, speech_mask, image_tokens, pairs=None):  # (n, 1+T, w), (n, 1+T), (n, 1+P, w); rows that meet, if not i with i
         "(n, 2) float32 logits: does this recording describe this picture? Class 1 = yes."
-        return self.fusion(speech_tokens, speech_mask, image_tokens).float()
+        return self.fusion(speech_tokens, speech_mask, image_tokens, pairs).float()
 
     def embed_speech(self,
                      recordings,      # paths of sound files, or waves (n,) float at 16 kHz

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .alignment import Alignment, encode, gather, prepared
-from .attention import Encoded
 from .core import InputError, data_dir, default_device, read_json
 from .data import SAMPLE_RATE, Batch
 from .distillation import soft_targets
@@ -91,12 +90,12 @@ def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
     both = (soft_targets(similarity_logits(slow_speech.embedding, image_keys, temperature), targets, config.alpha),
             soft_targets(similarity_logits(slow_image.embedding, speech_keys, temperature), targets, config.alpha))
     sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
-    old_speech, old_image, memory = speech, image.tokens, queue.memory
-    if config.negatives == "queue": old_speech, old_image = Encoded(memory.speech.clone(), memory.mask.clone()), memory.image.clone()
-    own, anchor = torch.arange(size), torch.arange(size).repeat_interleave(config.negatives_per_anchor)
-    heard, seen = [(speech, own), (speech, anchor), (old_speech, anchor)], [(image.tokens, own), (old_image, anchor), (image.tokens, anchor)]
-    with half:
-        logits = model.match(gather((side.tokens, rows) for side, rows in heard), gather((side.mask, rows) for side, rows in heard), gather(seen))
+    own, anchor, memory = torch.arange(size), torch.arange(size).repeat_interleave(config.negatives_per_anchor), queue.memory
+    heard, seen, wrong = (speech.tokens, speech.mask), image.tokens, anchor
+    if config.negatives == "queue":
+        heard = [gather([(mine, own), (other.clone(), anchor)]) for mine, other in zip(speech, (memory.speech, memory.mask))]
+        seen, wrong = gather([(image.tokens, own), (memory.image.clone(), anchor)]), size + torch.arange(len(anchor))
+    with half: logits = model.match(*heard, seen, (torch.cat([own, anchor, wrong]), torch.cat([own, wrong, anchor])))
     return sic.loss + sim_loss(*logits.split([size, len(anchor), len(anchor)]))
 
 # %% ../nbs/13c_plan.ipynb #89d96529

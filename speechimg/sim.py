@@ -32,26 +32,43 @@ class MultimodalEncoder(nn.Module):
         speech_tokens: torch.Tensor,  # (n, T, dim), [CLS] first
         speech_mask: torch.Tensor,  # (n, T) True = valid
         image_tokens: torch.Tensor,  # (n, P, dim)
-    ) -> torch.Tensor:  # (n, 2) float32 logits
-        "Judge n pairs: row i of the speech with row i of the images."
-        dtype = self.verdict.weight.dtype  # tokens from the queue arrive in float16
-        x, image_tokens = speech_tokens.to(dtype), image_tokens.to(dtype)
-        for block in self.blocks:
-            x = block(x, speech_mask, context=image_tokens)  # (n, T, dim) -> (n, T, dim)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.verdict(self.norm(x[:, 0].to(dtype))).float()  # (n, T, dim) -> (n, dim) -> (n, 2)
+        pairs: tuple | None = None,  # rows of the speech (m,) and of the images (m,) that meet, if not row i with row i
+    ) -> torch.Tensor:  # (n, 2) or (m, 2) float32 logits
+        "Judge pairs."
+        return self.judge(self.hear(speech_tokens, speech_mask), speech_mask, self.see(image_tokens), pairs)
+
+    def hear(self, speech_tokens, speech_mask):  # as in forward
+        "What the first block makes of a recording before a picture comes in: needed once, whatever the number of its pairs."
+        x = speech_tokens.to(self.verdict.weight.dtype)  # tokens from the queue arrive in float16
+        return self.blocks[0].listen(x, speech_mask, self.wanted(0)) if self.blocks else x
+
+    def see(self, image_tokens):  # as in forward
+        "What a picture can answer: keys and values (n, H, P, dim/H) of each block. Needed once, too."
+        return [block.attend_cross.answers(image_tokens.to(self.verdict.weight.dtype)) for block in self.blocks]
+
+    def judge(self, heard, speech_mask, seen, pairs=None):  # from hear, its mask, from see, as in forward
+        "The rest: all that depends on both."
+        if pairs:
+            heard, speech_mask = heard.index_select(0, pairs[0]), speech_mask.index_select(0, pairs[0])  # (m, T, dim), (m, T)
+            seen = [[one.index_select(0, pairs[1]) for one in answers] for answers in seen]
+        for place, (block, answers) in enumerate(zip(self.blocks, seen)):
+            x = block.listen(heard, speech_mask, self.wanted(place)) if place else heard
+            heard = block.think(x, answers=answers)
+        with torch.autocast(heard.device.type, enabled=False):
+            return self.verdict(self.norm(heard[:, 0].to(self.verdict.weight.dtype))).float()  # (m, dim) -> (m, 2)
+
+    def wanted(self, place):  # index of a block
+        "How many of its tokens are read afterwards: of the last one only [CLS]; None = all."
+        return 1 if place == len(self.blocks) - 1 else None
 
     @torch.no_grad()
     def attention_maps(self, speech_tokens, speech_mask, image_tokens):  # as in forward
         "Which speech token looks at which image token: (n, depth, heads, T, P), each row sums to 1."
-        maps = []
-        watch = lambda attention, inputs: maps.append(attention.weights(*inputs))
-        hooks = [block.attend_cross.register_forward_pre_hook(watch) for block in self.blocks]
-        try:
-            self(speech_tokens, speech_mask, image_tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        maps, x = [], speech_tokens
+        for block in self.blocks:
+            x = block.listen(x, speech_mask)
+            maps.append(block.attend_cross.weights(block.norm_cross(x), image_tokens))
+            x = block.think(x, image_tokens)
         return torch.stack(maps, dim=1)  # depth times (n, H, T, P) -> (n, depth, H, T, P)
 
 # %% ../nbs/09_sim.ipynb #2a60bba2

@@ -12,8 +12,8 @@ from speechimg.core import Config, InputError, write_json
 from speechimg.plan import Live, amount, assumed, measure, plan, profile_step, report
 
 SMALL = dict(width=32, dim=16, heads=2, speech_depth=1, image_depth=1, fusion_depth=1, max_seconds=2.0, queue_size=64)
-# Two layers of fusion, so that the activations are the largest thing: what a convolution takes inside itself for a moment no plan foresees.
-TINY = SMALL | dict(fusion_depth=2, heads=4, towers="paper", speech_model="tiny", image_model="tiny")
+# Four layers of fusion, so that the activations are the largest thing: what a convolution takes inside itself for a moment no plan foresees.
+TINY = SMALL | dict(fusion_depth=4, heads=4, towers="paper", speech_model="tiny", image_model="tiny")
 CONFIGS = {
     "light": SMALL,
     "small": SMALL | dict(towers="small"),

@@ -79,10 +79,10 @@ class Blind(MultimodalEncoder):
         return super().forward(speech, mask, torch.zeros_like(image))
 
 
-def soft_mask(self, x, context=None, mask=None):
+def soft_mask(self, x, context=None, mask=None, answers=None):
     "Attention with a finite constant added to the scores of padding, instead of no weight at all."
     context = x if context is None else context
-    query, key, value = self.split(self.query(x)), self.split(self.key(context)), self.split(self.value(context))
+    query, (key, value) = self.split(self.query(x)), answers or self.answers(context)
     scores = query @ key.mT / math.sqrt(query.shape[-1])
     if mask is not None:
         scores = scores - 5.0 * ~rearrange(mask, "b s -> b 1 1 s")
