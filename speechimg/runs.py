@@ -17,9 +17,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from .core import InputError, atomic_write, read_json, set_theme, write_json
+from .core import InputError, atomic_write, data_dir, read_json, set_theme, write_json
 from .data import sha256
-from .retrieval import load_model
 
 # %% ../nbs/12b_runs.ipynb #33e0bcda
 PARTS = ("model", "alignment", "optimizer")  # the files of a checkpoint; no other name is ever opened
@@ -138,11 +137,12 @@ def draw_curves(log, path):  # log.csv to read, picture to write
 
 # %% ../nbs/12b_runs.ipynb #be917002
 def begin_with(model, start):  # SpeechImageModel, changed in place; "reference", "small", or a folder that train made
-    "Give a model the weights of a trained one -> their fingerprint. Raises InputError where they do not fit."
-    given = load_model(start).state_dict()
-    try: model.load_state_dict(given)
-    except RuntimeError as error: raise InputError(start, f"does not fit: {' '.join(str(error).split())[:120]} ...", "train with the towers, width, dim, depths and heads of that model") from None
-    return sha256("".join(sha256(tensor.cpu().contiguous().view(-1).numpy().tobytes()) for tensor in given.values()))
+    "Give a model the weights of a trained one -> their fingerprint. Raises InputError where there are none, or none that fit."
+    folder = Path(start) if Path(start).is_dir() else data_dir() / "models" / str(start)
+    file = folder / "model.safetensors"
+    if not file.is_file(): raise InputError(start, "holds no model.safetensors", "give reference, small, or a folder that speechimg train made")
+    model._load_as_safetensor(model, file, "cpu", True)                    # every name and every size has to be the same
+    return sha256(file.read_bytes())
 
 # %% ../nbs/12b_runs.ipynb #b0a4d002
 @contextmanager

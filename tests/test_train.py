@@ -565,3 +565,51 @@ def test_compiled_it_learns_the_same(workshop, tmp_path):
     plain = run(workshop.corpus, tmp_path / "plain", steps=3, evaluate_every=3, checkpoint_every=3)
     np.testing.assert_allclose(pd.read_csv(out / "log.csv")["loss"], pd.read_csv(plain / "log.csv")["loss"], rtol=1e-3)
     assert not any("_orig_mod" in name for name in latest_checkpoint(out)[1])
+
+
+# ---- Beginning with a trained model, and a corpus made by a function
+
+def test_a_second_stage_begins_with_the_weights_and_with_nothing_else(workshop, tmp_path):
+    "Pitfall 9: the queue of another stage is stale, so it is not taken along, not even in another size."
+    config = Config(**TINY | {"queue_size": 5})
+    _, data, alignment, optimizer, step, _ = prepare(config, workshop.corpus, tmp_path / "second", False, "raise", None, toy_towers, workshop.whole)
+    trained = safetensors.torch.load_file(workshop.whole / "model.safetensors")
+    for name, tensor in alignment.model.state_dict().items(): assert torch.equal(tensor, trained[name]), name
+    for student, teacher in zip(alignment.model.encoders.parameters(), alignment.teacher.parameters()): assert torch.equal(student, teacher)
+    assert alignment.queue.ids.tolist() == [-1] * 5 and int(alignment.queue.pointer) == 0 and not optimizer.state and step == 0
+    assert data["start"] == sha256((workshop.whole / "model.safetensors").read_bytes())
+
+
+def test_a_second_stage_is_resumed_only_with_the_same_start(workshop, tmp_path):
+    def stage(out, resume=False, start=workshop.whole, on_step=None):
+        return train(Config(**TINY), workshop.corpus, out, resume, towers=toy_towers, start=start, on_step=on_step, progress=False)
+
+    def stop(row):
+        if row["step"] == 9: raise KeyboardInterrupt
+    stage(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt): stage(tmp_path / "again", on_step=stop)
+    for other in (None, tmp_path / "whole"):
+        with pytest.raises(InputError, match="holds a run with start"): stage(tmp_path / "again", True, other)
+    stage(tmp_path / "again", True)
+    assert result(tmp_path / "again")["weights"] == result(tmp_path / "whole")["weights"] != result(workshop.whole)["weights"]
+
+
+@pytest.mark.parametrize("start", ["nobody", "wider"])
+def test_a_start_that_does_not_fit(workshop, tmp_path, start):
+    if start == "wider":
+        config = Config(**TINY | {"width": 32})
+        SpeechImageModel(config, *toy_towers(config)).save_pretrained(tmp_path / "wider"); start = tmp_path / "wider"
+    with pytest.raises(InputError, match="does not hold the weights of this model|holds no model.safetensors"):
+        train(Config(**TINY), workshop.corpus, tmp_path / "out", towers=toy_towers, start=start, progress=False)
+
+
+def test_a_corpus_made_by_a_function(workshop, tmp_path):
+    "What it returns is trained on, without a validation where it has none; and it has a fingerprint of its own."
+    from speechimg.corpora import load_corpus
+    def half(split):
+        corpus = load_corpus(workshop.corpus, split)
+        return corpus.subset(range(0, len(corpus.captions), 2)) if split == "train" else None
+    out = run(half, tmp_path / "half")
+    metrics, rows = read_json(out / "metrics.json"), len(load_corpus(workshop.corpus, "train").captions)
+    assert metrics["recordings"] == {"train": -(-rows // 2)} and metrics["validation"] is None and "--corpus half" in metrics["command"]
+    with pytest.raises(InputError, match="holds a run with"): run(lambda split: load_corpus(workshop.corpus, split), tmp_path / "half", resume=True)
