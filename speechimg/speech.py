@@ -136,7 +136,7 @@ class MaskedGRU(nn.GRU):
 
 # %% ../nbs/03_speech.ipynb #b56e0d25
 def peak(tokens,  # (B, T, w)
-         mask,    # (B, T) bool, True = valid
+         mask,    # (B, T) bool, True = valid; None = all
         ):
     "(B, w): how strongly each feature is present anywhere, at least 0. A mean would fade in a longer clip."
     return clean(tokens, mask).amax(1).relu()
@@ -158,16 +158,17 @@ class Reader(nn.Module):
     def forward(self,
                 tokens,  # (B, T, w) unit-scale tokens
                 codes,   # (T, w) where they are
-                mask,    # (B, T) bool, True = valid
+                mask=None,  # (B, T) bool, True = valid; None = all, and nothing is spent on masking
                ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); padded tokens are zero."
         cls = self.cls + self.before(peak(tokens, mask))                                   # (B, w) what is there, before asking where
         tokens = torch.cat([rearrange(cls, "b w -> b 1 w"), (tokens + codes).to(cls)], 1)  # (B, 1+T, w)
-        mask = F.pad(mask, (1, 0), value=True)                                             # (B, 1+T)
+        inner = mask
+        if mask is not None: mask = F.pad(mask, (1, 0), value=True)                        # (B, 1+T)
         for block in self.blocks: tokens = block(tokens, mask)
-        found = rearrange(self.after(peak(tokens[:, 1:], mask[:, 1:])), "b w -> b 1 w")    # (B, 1, w) what is where
-        tokens = torch.cat([tokens[:, :1] + found, tokens[:, 1:]], 1)
-        return Encoded(clean(self.norm(tokens), mask), mask)
+        found = rearrange(self.after(peak(tokens[:, 1:], inner)), "b w -> b 1 w")          # (B, 1, w) what is where
+        tokens = clean(self.norm(torch.cat([tokens[:, :1] + found, tokens[:, 1:]], 1)), mask)
+        return Encoded(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask)
 
 # %% ../nbs/03_speech.ipynb #f313313a
 class SpeechTower(nn.Module):
