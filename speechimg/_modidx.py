@@ -390,6 +390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'speechimg.speech.MaskedGRU': ('speech.html#maskedgru', 'speechimg/speech.py'),
                                   'speechimg.speech.MaskedGRU.__init__': ('speech.html#maskedgru.__init__', 'speechimg/speech.py'),
                                   'speechimg.speech.MaskedGRU.forward': ('speech.html#maskedgru.forward', 'speechimg/speech.py'),
+                                  'speechimg.speech.MaskedGRU.twice': ('speech.html#maskedgru.twice', 'speechimg/speech.py'),
                                   'speechimg.speech.Reader': ('speech.html#reader', 'speechimg/speech.py'),
                                   'speechimg.speech.Reader.__init__': ('speech.html#reader.__init__', 'speechimg/speech.py'),
                                   'speechimg.speech.Reader.forward': ('speech.html#reader.forward', 'speechimg/speech.py'),

@@ -87,4 +87,4 @@ class ImageTower(nn.Module):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True), P = (size / 16)^2, row by row."
         codes = rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")           # (P, w)
         x = rearrange(self.stem(4 * features - 2), "b w y x -> b (y x) w")                 # (B, P, w); 0..1 -> -2..2
-        return self.reader(self.norm_tokens(x), codes, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        return self.reader(self.norm_tokens(x), codes)

@@ -180,5 +180,4 @@ class LightImageTower(nn.Module):
                ):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True)."
         codes = rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")            # (P, w)
-        x = self.patches(features)                                                          # (B, P, w)
-        return self.reader(x, codes, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        return self.reader(self.patches(features), codes)                                   # (B, P, w)

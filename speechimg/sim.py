@@ -49,8 +49,9 @@ class MultimodalEncoder(nn.Module):
     def judge(self, heard, speech_mask, seen, pairs=None):  # from hear, its mask, from see, as in forward
         "The rest: all that depends on both."
         if pairs:
-            heard, speech_mask = heard.index_select(0, pairs[0]), speech_mask.index_select(0, pairs[0])  # (m, T, dim), (m, T)
-            seen = [[one.index_select(0, pairs[1]) for one in answers] for answers in seen]
+            pick = lambda x, rows: F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])  # its backward is quicker than indexing's
+            heard, speech_mask = pick(heard, pairs[0]), speech_mask.index_select(0, pairs[0])  # (m, T, dim), (m, T)
+            seen = [[pick(one, pairs[1]) for one in answers] for answers in seen]
         for place, (block, answers) in enumerate(zip(self.blocks, seen)):
             x = block.listen(heard, speech_mask, self.wanted(place)) if place else heard
             heard = block.think(x, answers=answers)

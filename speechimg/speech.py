@@ -122,12 +122,21 @@ class MaskedGRU(nn.GRU):
                ):
         "(B, T, w) in float32 whatever the precision; zero at padding, which is not even looked at."
         with torch.autocast(x.device.type, enabled=False):
+            if not x.is_cuda: return self.twice(clean(x.float(), mask), mask)
             packed = nn.utils.rnn.pack_padded_sequence(x.float(), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
             return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
+    def twice(self, x, mask):
+        "The same as two ways there, the second over each clip turned round: on a CPU, backward through a packed sequence writes all of it at every step."
+        steps, start = torch.arange(x.shape[1], device=x.device), x.new_zeros(1, len(x), self.hidden_size)
+        back = torch.where(mask, mask.sum(1, keepdim=True) - 1 - steps, steps)[..., None]      # (B, T, 1) where each token stands the other way round
+        turn = lambda x: x.gather(1, back.expand(x.shape))                                     # (B, T, ...) turned twice is as before
+        walk = lambda x, weights: torch.gru(x, start, weights, True, 1, 0., self.training, False, True)[0]  # (B, T, w/2)
+        return clean(torch.cat([walk(x, self._flat_weights[:4]), turn(walk(turn(x), self._flat_weights[4:]))], -1), mask)
+
 # %% ../nbs/03_speech.ipynb #b56e0d25
 def peak(tokens,  # (B, T, w)
-         mask,    # (B, T) bool, True = valid
+         mask,    # (B, T) bool, True = valid; None = all
         ):
     "(B, w): how strongly each feature is present anywhere, at least 0. A mean would fade in a longer clip."
     return clean(tokens, mask).amax(1).relu()
@@ -149,16 +158,17 @@ class Reader(nn.Module):
     def forward(self,
                 tokens,  # (B, T, w) unit-scale tokens
                 codes,   # (T, w) where they are
-                mask,    # (B, T) bool, True = valid
+                mask=None,  # (B, T) bool, True = valid; None = all, and nothing is spent on masking
                ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); padded tokens are zero."
         cls = self.cls + self.before(peak(tokens, mask))                                   # (B, w) what is there, before asking where
         tokens = torch.cat([rearrange(cls, "b w -> b 1 w"), (tokens + codes).to(cls)], 1)  # (B, 1+T, w)
-        mask = F.pad(mask, (1, 0), value=True)                                             # (B, 1+T)
+        inner = mask
+        if mask is not None: mask = F.pad(mask, (1, 0), value=True)                        # (B, 1+T)
         for block in self.blocks: tokens = block(tokens, mask)
-        found = rearrange(self.after(peak(tokens[:, 1:], mask[:, 1:])), "b w -> b 1 w")    # (B, 1, w) what is where
-        tokens = torch.cat([tokens[:, :1] + found, tokens[:, 1:]], 1)
-        return Encoded(clean(self.norm(tokens), mask), mask)
+        found = rearrange(self.after(peak(tokens[:, 1:], inner)), "b w -> b 1 w")          # (B, 1, w) what is where
+        tokens = clean(self.norm(torch.cat([tokens[:, :1] + found, tokens[:, 1:]], 1)), mask)
+        return Encoded(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask)
 
 # %% ../nbs/03_speech.ipynb #f313313a
 class SpeechTower(nn.Module):
