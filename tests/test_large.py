@@ -518,6 +518,34 @@ def test_hubert_weights_arrive(hub, name, mode):
     assert ears.front_end.normalise == (name == "hubert_large")
 
 
+@pytest.mark.parametrize("finetune", ["speech", "image", "both"])
+def test_a_fine_tuned_model_is_loaded_without_fetching_what_it_holds(hub, tmp_path, monkeypatch, finetune):
+    "The saved file brings the networks that learnt; a frozen one is in no file of ours, and asked for only when it is needed."
+    from speechimg.model import SpeechImageModel
+    torch.save(network("group_norm").state_dict(), hub / torchaudio.pipelines.HUBERT_BASE._path)
+    folder = tmp_path / "blip2"
+    torch.manual_seed(0)
+    model = SpeechImageModel(change(speech_model="hubert_base", image_model=save_blip2(folder), finetune=finetune, dim=8, fusion_depth=1)).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.01 * torch.randn_like(p))                   # as if it had learnt
+    features, lengths = batch(model.speech_tower, [sound(5_000), sound(900)])
+    shown = pixels(model.image_tower, [picture()])
+    with torch.no_grad(): expected = model.encode_speech(features, lengths).embedding, model.encode_image(shown).embedding
+    model.save_pretrained(tmp_path / "saved")
+
+    asked = []
+    def refuse(*arguments, **options): asked.append(arguments); raise OSError("no network here")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    for file in [*hub.iterdir(), *folder.glob("*.safetensors")]: file.unlink()
+    again = SpeechImageModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad(): found = again.encode_speech(features, lengths).embedding, again.encode_image(shown).embedding
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and not asked
+    for kind, tower, thing in (("speech", again.speech_tower, sound(900)), ("image", again.image_tower, picture())):
+        if finetune in (kind, "both"): assert tower.front_end(thing) is not None
+        else:
+            with pytest.raises(InputError): tower.front_end(thing)                        # frozen: its own weights, never random ones
+
+
 def test_hubert_that_cannot_be_had_says_where_to_put_it(hub, monkeypatch):
     def offline(*arguments, **options): raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
