@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'setting', 'checked', 'Config', 'seed_everything',
-           'default_device', 'data_dir', 'cache_dir', 'set_theme']
+           'default_device', 'data_dir', 'cache_dir', 'memory_limit', 'set_theme']
 
 # %% ../nbs/00_core.ipynb #df71e406
 import difflib, json, os, random
@@ -194,6 +194,14 @@ def cache_dir():
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(folder, f"cannot be made ({error.strerror})", "set SPEECHIMG_CACHE to a folder you may write") from None
     return folder
+
+def memory_limit():
+    "Bytes of features that a process keeps in memory: $SPEECHIMG_MEMORY in GB, else 8. Raises InputError."
+    wished = os.environ.get("SPEECHIMG_MEMORY") or "8"
+    try: limit = float(wished) * 1e9
+    except ValueError: limit = -1.
+    if not limit >= 0: raise InputError(f"SPEECHIMG_MEMORY={wished}", "is no number of GB", "give 8, for example")
+    return limit
 
 def set_theme():
     "One look for all plots of the project."

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .alignment import Alignment, encode, gather, prepared
 from .attention import Encoded
-from .core import InputError, data_dir, default_device, read_json
+from .core import InputError, data_dir, default_device, memory_limit, read_json
 from .data import SAMPLE_RATE, Batch
 from .distillation import soft_targets
 from .model import SpeechImageModel, build_towers
@@ -203,7 +203,7 @@ def report(result):  # from plan
         ("time", f"{result['hours']:.2g} hours, if {result['tflops']:g} TFLOP/s are really reached (an assumption; {result['precision']}) and reading keeps up"),
         ("cache on disk", f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures "
                           f"({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)")]
-    lines.append(("", "and the same in the memory of the machine, where all features are kept while training"))
+    lines.append(("memory of the machine", f"{amount(min(disk['recordings'] + disk['pictures'], memory_limit()))} of features per process; what is above the limit (SPEECHIMG_MEMORY, in GB) is read from the disk again and again"))
     if disk["recordings"] > 1e11: lines.append(("", "that is a large disk: speech_layers last keeps one layer instead of all; cache_towers false keeps none and computes them each time"))
     if result.get("assumed"): lines.append(("assumed in the config", ", ".join(result["assumed"])))
     return "\n".join(f"{name:28}{text}" for name, text in lines)
