@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'speechimg.large.WholePixels': ('large.html#wholepixels', 'speechimg/large.py'),
                                  'speechimg.large.WholePixels.__init__': ('large.html#wholepixels.__init__', 'speechimg/large.py'),
                                  'speechimg.large.blip2_facts': ('large.html#blip2_facts', 'speechimg/large.py'),
+                                 'speechimg.large.hushed': ('large.html#hushed', 'speechimg/large.py'),
                                  'speechimg.large.load_blip2': ('large.html#load_blip2', 'speechimg/large.py'),
                                  'speechimg.large.of_transformers': ('large.html#of_transformers', 'speechimg/large.py'),
                                  'speechimg.large.paper_towers': ('large.html#paper_towers', 'speechimg/large.py')},
