@@ -246,6 +246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'speechimg.model.SpeechImageModel': ('model.html#speechimagemodel', 'speechimg/model.py'),
                                  'speechimg.model.SpeechImageModel.__init__': ( 'model.html#speechimagemodel.__init__',
                                                                                 'speechimg/model.py'),
+                                 'speechimg.model.SpeechImageModel.compile_parts': ( 'model.html#speechimagemodel.compile_parts',
+                                                                                     'speechimg/model.py'),
                                  'speechimg.model.SpeechImageModel.embed_images': ( 'model.html#speechimagemodel.embed_images',
                                                                                     'speechimg/model.py'),
                                  'speechimg.model.SpeechImageModel.embed_speech': ( 'model.html#speechimagemodel.embed_speech',

@@ -117,7 +117,7 @@ class Config:
     batch_size: int = setting(64, low=1)                # pairs per optimiser step, over all processes
     accumulate: int = setting(1, low=1)                 # micro-batches that a step is made of; each finds its own negatives
     workers: int = setting(0, low=0)                    # processes that prepare batches ahead
-    compile: bool = setting(False)                      # compile towers and fusion (torch.compile)
+    compile: bool = setting(False)                      # compile towers and fusion (torch.compile); of the paper's towers only what is new in them
     tensorboard: bool = setting(False)                  # also log for TensorBoard, which has to be installed
     steps: int = setting(3000, low=1)                   # optimiser steps
     learning_rate: float = setting(5e-4, low=0)         # peak, after the warm-up

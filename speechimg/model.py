@@ -146,6 +146,11 @@ class SpeechImageModel(nn.Module, HubModel):
         "(n, 2) float32 logits: does this recording describe this picture? Class 1 = yes."
         return self.fusion(speech_tokens, speech_mask, image_tokens).float()
 
+    def compile_parts(self):
+        "torch.compile for what gains by it. Of the paper's towers only the readers: HuBERT asks each clip for its length, and BLIP-2 is large operations already."
+        towers = self.speech_tower, self.image_tower
+        for part in (self.fusion, *(tower.reader if self.config.towers == "paper" else tower for tower in towers)): part.compile(dynamic=True)
+
     def embed_speech(self,
                      recordings,      # paths of sound files, or waves (n,) float at 16 kHz
                      batch_size=64,   # recordings per forward pass

@@ -188,8 +188,7 @@ def amount(value, unit="B"):  # a number of bytes or operations
     power = min(5, max(0, int(math.log10(max(value, 1)) // 3)))
     return f"{value / 1000 ** power:.{0 if power == 0 else max(0, 3 - len(str(int(value / 1000 ** power))))}f} {' kMGTP'[power].strip()}{unit}"
 
-def report(result):  # from plan
-    "The figures as lines to read."
+def report(result):  # from plan; the figures as lines to read
     parameters, parts, disk, fits, needed, speed = (result[name] for name in ("parameters", "bytes", "disk", "largest_micro_batch", "accumulate_needed", "pairs_per_second"))
     lines = [
         ("parameters", f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen, {parameters['teacher']:,} in the teacher's copy"),
@@ -221,6 +220,7 @@ def measure(config, pairs, steps=3):  # Config: max_seconds is the length of eve
     watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) if device.type == "cpu" else nullcontext()
     with watch:
         (alignment, batch), generator = ready(config, pairs, config.max_seconds, device), torch.Generator().manual_seed(0)
+        if config.compile: alignment.model.compile_parts()
         if config.augment: batch = augment(batch.to("cpu"), generator).to(device)
         optimizer = torch.optim.AdamW([one for one in alignment.model.parameters() if one.requires_grad], lr=1e-5, fused=True); fill(alignment.queue)
         keep = lambda tensor: (saved.update({tensor.untyped_storage()._cdata: tensor.untyped_storage()}), tensor)[1]

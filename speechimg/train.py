@@ -134,8 +134,7 @@ def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  
         with torch.no_grad(): sides = encode(model.eval(), collate(features["train"], [int(features["train"].lengths.argmax())]))
         lengths = sides[0].tokens.shape[1] * 11 // 10 + 1, sides[1].tokens.shape[1]
     alignment = Alignment(model, *lengths).to(default_device()).train()
-    if config.compile:
-        for part in (alignment.model.fusion, alignment.model.speech_tower, alignment.model.image_tower): part.compile(dynamic=True)
+    if config.compile: model.compile_parts()                               # the teacher was copied before
     optimizer, checkpoint = make_optimizer(model, config), latest_checkpoint(out) if resume else None
     steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())  # each machine looks into a folder of its own, if they share none
     if len(set(steps)) > 1: raise InputError(out, f"is not the same folder for all processes: their newest checkpoints are of the steps {', '.join(map(str, steps))}", "put it on a disk that all machines share, or copy it to each")

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -773,3 +774,22 @@ def test_everything_at_once_by_two_processes(tmp_path):
     assert moved and not any("feature_extractor" in name for name in moved)
     found = evaluate(model, load_features(model, load_corpus(corpus, "val")))
     for stage in ("coarse", "fine"): assert found[stage] == run["validation"][stage]
+
+
+@pytest.mark.slow  # a minute or two
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_towers_of_the_paper_learn_the_same():
+    "Only fusion and readers are compiled; losses as without, names of weights untouched."
+    from speechimg.alignment import Alignment
+    from speechimg.model import SpeechImageModel
+    from speechimg.train import make_optimizer, train_step
+    config, losses = change(dim=8, fusion_depth=1, finetune="both", queue_size=8, queue_warmup_steps=0, warmup_steps=0, learning_rate=1e-3), {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = SpeechImageModel(config, *paper_towers(config))
+        names, alignment, optimizer = list(model.state_dict()), Alignment(model).train(), make_optimizer(model, config)
+        if compiled: model.compile_parts()
+        losses[compiled] = [train_step(alignment, optimizer, made_pairs(model), number, torch.Generator().manual_seed(number))[0][0].loss.item() for number in range(2)]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
+    assert names == list(model.state_dict()) and losses[True] != losses[True][::-1]
+    assert {name for name, module in model.named_modules() if module._compiled_call_impl is not None} == {"fusion", "encoders.speech_tower.reader", "encoders.image_tower.reader"}
