@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'setting', 'checked', 'Config', 'seed_everything',
-           'default_device', 'data_dir', 'cache_dir', 'set_theme']
+           'default_device', 'data_dir', 'cache_dir', 'memory_limit', 'set_theme']
 
 # %% ../nbs/00_core.ipynb #df71e406
 import difflib, json, os, random
@@ -117,7 +117,7 @@ class Config:
     batch_size: int = setting(64, low=1)                # pairs per optimiser step, over all processes
     accumulate: int = setting(1, low=1)                 # micro-batches that a step is made of; each finds its own negatives
     workers: int = setting(0, low=0)                    # processes that prepare batches ahead
-    compile: bool = setting(False)                      # compile towers and fusion (torch.compile)
+    compile: bool = setting(False)                      # compile towers and fusion (torch.compile); of the paper's towers only what is new in them
     tensorboard: bool = setting(False)                  # also log for TensorBoard, which has to be installed
     steps: int = setting(3000, low=1)                   # optimiser steps
     learning_rate: float = setting(5e-4, low=0)         # peak, after the warm-up
@@ -194,6 +194,14 @@ def cache_dir():
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(folder, f"cannot be made ({error.strerror})", "set SPEECHIMG_CACHE to a folder you may write") from None
     return folder
+
+def memory_limit():
+    "Bytes of features that a process keeps in memory: $SPEECHIMG_MEMORY in GB, else 8. Raises InputError."
+    wished = os.environ.get("SPEECHIMG_MEMORY") or "8"
+    try: limit = float(wished) * 1e9
+    except ValueError: limit = -1.
+    if not limit >= 0: raise InputError(f"SPEECHIMG_MEMORY={wished}", "is no number of GB", "give 8, for example")
+    return limit
 
 def set_theme():
     "One look for all plots of the project."

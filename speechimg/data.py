@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MAX_SAMPLES', 'MAX_PIXELS', 'MAX_SIDE', 'decode_audio', 'is_silent', 'decode_image', 'to_rgb',
-           'sha256', 'FeatureCache', 'Features', 'level', 'Batch', 'collate', 'speech_mask', 'sibling_units',
+           'sha256', 'FeatureCache', 'Arrays', 'Features', 'level', 'Batch', 'collate', 'speech_mask', 'sibling_units',
            'epoch_batches', 'augment', 'augment_speech', 'augment_image']
 
 # %% ../nbs/01_data.ipynb #d6fd2534
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import InputError, atomic_write
+from .core import InputError, atomic_write, memory_limit
 
 # %% ../nbs/01_data.ipynb #fb26064b
 SAMPLE_RATE, MAX_SAMPLES = 16_000, 2**26  # samples a second, everywhere; more of them, over all channels, are not read at one go
@@ -36,8 +36,7 @@ def decode_audio(data, name,                       # the bytes of a WAV, FLAC, O
             wave = file.read(keep, dtype="float32", always_2d=True)  # (n, channels); five hours of sound must not fill the memory
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise InputError(name, f"cannot be decoded as sound ({getattr(error, 'error_string', error)})", "convert it to WAV, FLAC or Ogg, or remove it") from None
-    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00):  # which recorders that stream write: no promise
-        raise InputError(name, "ends before its header says", "copy it again")
+    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00): raise InputError(name, "ends before its header says", "copy it again")  # above: recorders that stream, no promise
     if not np.isfinite(wave).all(): raise InputError(name, "holds NaN or infinite samples", "export it again as 16-bit WAV")
     wave = (wave / np.abs(wave).max(initial=1)).mean(1)  # (n, channels) -> (n,); float files may exceed 1
     if len(wave) and rate != SAMPLE_RATE: wave = soxr.resample(wave, rate, SAMPLE_RATE)
@@ -103,34 +102,41 @@ class FeatureCache:
         return array
 
 # %% ../nbs/01_data.ipynb #da732e3f
+class Arrays:
+    "The features of some files: in memory while there is room, the others read from the cache again whenever they are asked for."
+    def __init__(self, cache, params): self.cache, self.params, self.held, self.lengths = cache, params, [], []
+    def __len__(self): return len(self.held)
+    def __getitem__(self, place): return self.cache.get(one, self.params, self.gone) if isinstance(one := self.held[place], str) else one
+    def gone(self): raise InputError(self.cache.folder, "has lost features of this corpus", "start again, and they are computed anew")
+
 class Features:
-    "All features of a corpus in memory, decoded, then computed or loaded from the cache. Raises InputError for unreadable files."
+    "All features of a corpus, decoded, then computed or loaded from the cache. Raises InputError for unreadable files."
     def __init__(self, corpus,                       # has .captions, .pictures, .read(path) -> bytes
                  speech_front_end, image_front_end,  # have .params; wave (n,) -> (T, F); PIL picture -> array of one shape
-                 cache, max_seconds=20., on_error="raise", progress=True):  # "skip": leave out what cannot be read, one line each in .skipped
+                 cache, max_seconds=20., on_error="raise", progress=True, memory=None):  # "skip": leave out what cannot be read, a line each in .skipped; bytes to keep, None = memory_limit()
         if on_error not in ("raise", "skip"): raise InputError("on_error", f"{on_error!r} is not one of the choices", "choose from raise, skip")
-        self.cache, self.on_error, self.progress, self.skipped = cache, on_error, progress, list(getattr(corpus, "skipped", []))
+        self.cache, self.on_error, self.progress, self.room, self.skipped = cache, on_error, progress, memory_limit() if memory is None else memory, list(getattr(corpus, "skipped", []))
         self.image, self.pictures = self.load(corpus, [picture.path for picture in corpus.pictures], image_front_end, "decode_image 1", decode_image)
         place = {picture: index for index, picture in enumerate(self.pictures)}  # place in the corpus -> place in self.image
         wanted = [index for index, caption in enumerate(corpus.captions) if caption.image in place]
-        self.speech, kept = self.load(corpus, [corpus.captions[index].wav for index in wanted], speech_front_end,
-                                      f"decode_audio 1 max_seconds={max_seconds}", lambda data, name: decode_audio(data, name, max_seconds))
+        self.speech, kept = self.load(corpus, [corpus.captions[index].wav for index in wanted], speech_front_end, f"decode_audio 1 max_seconds={max_seconds}", lambda data, name: decode_audio(data, name, max_seconds))
         self.captions = [wanted[index] for index in kept]                        # their places in the corpus
         if not self.image or corpus.captions and not self.captions: raise InputError(corpus.root, "holds nothing readable", "list its problems with speechimg check")
-        self.uttids, self.lengths = [corpus.captions[index].uttid for index in self.captions], np.array([len(frames) for frames in self.speech], dtype=np.int64)
+        self.uttids, self.lengths = [corpus.captions[index].uttid for index in self.captions], np.array(self.speech.lengths, dtype=np.int64)
         facts = [(place[i], corpus.pictures[i].id, corpus.pictures[i].group, level(corpus.pictures[i])) for i in (corpus.captions[index].image for index in self.captions)]
         # (n_captions,) each: place in self.image; image id; siblings share a number, -1 = none; objects in the scene, 0 = unknown
         self.image_of, self.ids, self.groups, self.levels = torch.tensor(facts, dtype=torch.long).view(-1, 4).T.contiguous()
     def load(self, corpus, paths, front_end, decoding, decode):
         "The arrays of these files, and the places in paths of those that could be had."
         from tqdm.auto import tqdm
-        arrays, kept, params = [], [], f"{getattr(front_end, 'params', '')}; {decoding}"
+        arrays, kept = Arrays(self.cache, params := f"{getattr(front_end, 'params', '')}; {decoding}"), []
         for index, path in enumerate(tqdm(paths, desc=params.split()[0], leave=False, delay=5, disable=not self.progress)):
             try:
                 data = corpus.read(path)
-                array = self.cache.get(sha256(data), params, lambda: front_end(decode(data, path)))
+                array = self.cache.get(key := sha256(data), params, lambda: front_end(decode(data, path)))
                 if not len(array): raise InputError(path, "is too short for a single frame", "record it again or remove it")
-                arrays.append(array); kept.append(index)
+                self.room -= array.nbytes; arrays.held.append(array if self.room >= 0 else key)  # once full, the rest stays on the disk
+                arrays.lengths.append(len(array)); kept.append(index)
             except InputError as error:
                 if self.on_error == "raise": raise
                 self.skipped.append(str(error))
@@ -139,7 +145,7 @@ class Features:
 
 def level(picture):
     "How many things a picture shows, by its .scene or else its .concepts; 0 when nobody said."
-    count = (picture.scene or {}).get("relation")  # a number in "three bees" and "three bees and a cow", a word in "a bee above a cow"
+    count = (picture.scene or {}).get("relation")    # a number in "three bees" and "three bees and a cow", a word in "a bee above a cow"
     return len(picture.concepts) + (count - 1 if isinstance(count, int) else 0)
 
 # %% ../nbs/01_data.ipynb #23788bcf
@@ -160,8 +166,7 @@ def collate(features, indices):
     for row, one in zip(speech, frames): row[:len(one)] = one
     image = np.stack([features.image[place] for place in features.image_of[indices].tolist()])
     image = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)               # (B, ...)
-    return Batch(torch.from_numpy(speech), torch.tensor([len(one) for one in frames]), torch.from_numpy(image),
-                 features.ids[indices], [features.uttids[index] for index in indices])
+    return Batch(torch.from_numpy(speech), torch.tensor([len(one) for one in frames]), torch.from_numpy(image), features.ids[indices], [features.uttids[index] for index in indices])
 
 def speech_mask(lengths, T):
     "(B, T) bool, True = valid, for lengths (B,) padded to T frames."
@@ -192,8 +197,7 @@ def epoch_batches(features, batch_size, generator,     # has .ids, .groups, .len
     together = together[:np.searchsorted(np.cumsum([len(unit) for unit in together]), siblings * n, "right")]  # the others dissolve
     share, alone = len(taken := {index for unit in together for index in unit}), [[index] for index in rng.permutation(n).tolist() if index not in taken]
     spare, reverse = alone[:n % batch_size + batch_size], bool(rng.integers(2))  # the last batches take what is left: not always the longest
-    together, alone = (deque(sorted(some, key=lambda unit: max(order[index] for index in unit), reverse=reverse)) for some in (together, alone[len(spare):]))
-    alone.extend(spare)
+    together, alone = (deque(sorted(some, key=lambda unit: max(order[index] for index in unit), reverse=reverse)) for some in (together, alone[len(spare):])); alone.extend(spare)
     def fill(batch, counts, source, until):
         passed = []                                   # what does not fit now comes first in the next batch
         while source and len(batch) < until:
@@ -205,14 +209,12 @@ def epoch_batches(features, batch_size, generator,     # has .ids, .groups, .len
     batches, total = [], max(1, n // batch_size if drop_last else -(-n // batch_size))
     while together or alone:
         batch, counts, given = [], Counter(), share - sum(map(len, together))  # siblings handed out so far
-        fill(batch, counts, together, min(batch_size, round(share * (len(batches) + 1) / total) - given))
-        fill(batch, counts, alone, batch_size)
+        fill(batch, counts, together, min(batch_size, round(share * (len(batches) + 1) / total) - given)); fill(batch, counts, alone, batch_size)
         while together and len(batch) < batch_size:   # no single caption is left that fits: siblings become single ones
             alone.extend([index] for index in together.popleft()); fill(batch, counts, alone, batch_size)
         if drop_last and len(batch) < batch_size: break
         batches.append(batch)
-    if drop_last and not batches:
-        raise InputError("batch_size", f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill", "lower it, or raise captions_per_image")
+    if drop_last and not batches: raise InputError("batch_size", f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill", "lower it, or raise captions_per_image")
     return [batches[place] for place in rng.permutation(len(batches))]
 
 # %% ../nbs/01_data.ipynb #0f6f611b
@@ -227,9 +229,8 @@ def augment_speech(speech, lengths, generator):
     tempo, start, share = torch.rand(3, len(speech), generator=generator)            # (B,) each
     new = (lengths * (0.9 + 0.2 * tempo)).round().long().clamp(min=1); steps = torch.arange(int(new.max()))  # (B,) frames after stretching; (T',)
     source = ((steps + 0.5) * (lengths / new)[:, None] - 0.5).clamp(min=0).minimum(last.float())  # (B, T') where it comes from
-    before = source.long()                                                           # (B, T') never from the padding
+    before, valid = source.long(), (steps < new[:, None])[..., None]                 # (B, T') never from the padding; (B, T', 1)
     speech = torch.lerp(speech[row, before], speech[row, (before + 1).minimum(last)], source.frac()[..., None])  # (B, T', F)
-    valid = (steps < new[:, None])[..., None]                                        # (B, T', 1)
     average = lambda x: (x * valid).sum(1, keepdim=True) / new[:, None, None]        # (B, T', F) -> (B, 1, F) of the valid frames
     mean = average(speech); spread = average((speech - mean).square()).sqrt()
     width = (share * 0.1 * new)[:, None]; first = start[:, None] * (new[:, None] - width)              # (B, 1)
@@ -239,8 +240,7 @@ def augment_speech(speech, lengths, generator):
 def augment_image(image, generator):
     "Features (B, P, C): a tenth of the patches blanked, faint noise. Pixels (B, 3, H, W): brightness, and a shift of at most 4 %."
     if image.dim() == 3:
-        mean = image.mean(1, keepdim=True)                                           # (B, 1, C)
-        spread = (image - mean).square().mean(1, keepdim=True).sqrt()                # several times quicker than .std(1)
+        mean = image.mean(1, keepdim=True); spread = (image - mean).square().mean(1, keepdim=True).sqrt()  # (B, 1, C) several times quicker than .std(1)
         blank = torch.rand(image.shape[:2], generator=generator)[..., None] < 0.1    # (B, P, 1)
         return torch.where(blank, mean, image) + 0.1 * spread * (torch.rand(image.shape, generator=generator) - 0.5)
     (height, width), most = image.shape[-2:], round(0.04 * image.shape[-2])

@@ -37,7 +37,7 @@ def _lost(reason):
 
 
 @contextmanager
-def processes(hours=2):  # how long the others may wait while one of them evaluates or computes features
+def processes(hours=48):  # how long the others may wait for one: it evaluates, or computes the features of a large corpus
     "Join the processes that torchrun started, if it did; yields World. Raises InputError when another process is lost."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield World(0, 1); return
     def stopped(number, frame): raise _lost("asked to stop")

@@ -28,10 +28,9 @@ def check_weights(file, config, build):  # model.safetensors; Config; () -> the 
         with safetensors.safe_open(file, "pt") as header: shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(file, f"does not hold the weights of this model ({str(error)[:160]})", "copy or train it again") from None
-    depths = [config.fusion_depth] + ([] if config.towers == "paper" else [config.speech_depth, config.image_depth])  # a block has more than one tensor, and over 2 w^2 bytes
+    depths = [config.fusion_depth, config.speech_depth, config.image_depth]  # a block has more than one tensor, and over 2 w^2 bytes
     if sum(depths) > len(shapes) or config.width * (config.width * sum(depths) + config.dim) > size:
         raise InputError(file, f"is too small for the sizes in config.json (width {config.width}, dim {config.dim}, depths {depths})", "copy both files again")
-    if config.towers == "paper": return                       # pretrained towers do not come without their weights
     try:
         with torch.device("meta"): wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error: raise InputError(f"{file}: config", f"asks for a model that cannot be ({str(error)[:160]})", "copy config.json again") from None
@@ -115,6 +114,9 @@ class HubModel(PyTorchModelHubMixin, library_name="speechimg", license="apache-2
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
+    def empty(cls, config, **parts): return cls(config, **parts)  # to be filled from a file; a class whose parts would fetch weights says how not to
+
+    @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, config=None, **where):
         parts = {name: where.pop(name) for name in ("speech_tower", "image_tower") if name in where}
         folder = Path(model_id)
@@ -124,7 +126,7 @@ class HubModel(PyTorchModelHubMixin, library_name="speechimg", license="apache-2
             except EntryNotFoundError: raise InputError(model_id, "holds no model.safetensors; a pickled file could run code", "save the model as safetensors") from None
             try: hf_hub_download(model_id, "metrics.json", **where)
             except EntryNotFoundError: pass                          # a model without a known past
-        build = lambda: cls(config, **parts)
+        build = lambda: cls.empty(config, **parts)
         check_weights(folder / "model.safetensors", config, build)
         model = cls._load_as_safetensor(build(), folder / "model.safetensors", map_location, strict)
         if (folder / "metrics.json").is_file():

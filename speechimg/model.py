@@ -26,10 +26,12 @@ from .sim import MultimodalEncoder
 from .speech import SpeechTower
 
 # %% ../nbs/11_model.ipynb #a8252176
-def build_towers(config):  # Config; .towers chooses the size
+def build_towers(config,        # Config; .towers chooses the size
+                 weights=True,  # False: a file of ours will bring those of pretrained towers that learn
+                ):
     "The (speech tower, image tower) that a config asks for."
     if config.towers == "light": return LightSpeechTower(config), LightImageTower(config)
-    if config.towers == "paper": return paper_towers(config)
+    if config.towers == "paper": return paper_towers(config, weights)
     return SpeechTower(config), ImageTower(config)
 
 # %% ../nbs/11_model.ipynb #8a7ba1c6
@@ -128,6 +130,12 @@ class SpeechImageModel(nn.Module, HubModel):
         self.fusion = MultimodalEncoder(config.width, config.fusion_depth, config.heads, dropout=config.dropout)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))  # shared by student and teacher
 
+    @classmethod
+    def empty(cls, config, speech_tower=None, image_tower=None):
+        "To be filled from a file: nothing is fetched that the file holds. What is frozen is in no file of ours, and fetched when first needed."
+        if speech_tower is None or image_tower is None: speech_tower, image_tower = build_towers(config, weights=False)
+        return cls(config, speech_tower, image_tower)
+
     speech_tower = property(lambda self: self.encoders.speech_tower)  # for its front end
     image_tower = property(lambda self: self.encoders.image_tower)
 
@@ -137,6 +145,11 @@ class SpeechImageModel(nn.Module, HubModel):
     def match(self, speech_tokens, speech_mask, image_tokens, pairs=None):  # (n, 1+T, w), (n, 1+T), (n, 1+P, w); rows that meet, if not i with i
         "(n, 2) float32 logits: does this recording describe this picture? Class 1 = yes."
         return self.fusion(speech_tokens, speech_mask, image_tokens, pairs).float()
+
+    def compile_parts(self):
+        "torch.compile for what gains by it. Of the paper's towers only the readers: HuBERT asks each clip for its length, and BLIP-2 is large operations already."
+        towers = self.speech_tower, self.image_tower
+        for part in (self.fusion, *(tower.reader if self.config.towers == "paper" else tower for tower in towers)): part.compile(dynamic=True)
 
     def embed_speech(self,
                      recordings,      # paths of sound files, or waves (n,) float at 16 kHz

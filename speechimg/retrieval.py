@@ -99,16 +99,16 @@ class Embeddings(NamedTuple):
 # %% ../nbs/12_retrieval.ipynb #1c03a9d3
 def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, recordings or pictures per forward pass
     "Embeddings of all recordings and all pictures."
-    frames, grids = ([torch.as_tensor(one) for one in side] for side in (features.speech, features.image))
+    frames, grids, lengths = features.speech, features.image, getattr(features, "lengths", None)  # perhaps on the disk: one batch at a time is read
     speech, tokens, images = torch.zeros(len(frames), model.config.dim), [None] * len(frames), []
-    order = sorted(range(len(frames)), key=lambda place: len(frames[place]))                      # like lengths together: little padding
+    order = sorted(range(len(frames)), key=lambda place: len(frames[place]) if lengths is None else lengths[place])  # like lengths together: little padding
     with judging(model) as device:
         for rows in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
-            padded = pad_sequence([frames[row].float() for row in rows], batch_first=True)       # (B, T, F)
-            out = model.encode_speech(padded.to(device), torch.tensor([len(frames[row]) for row in rows], device=device))
+            some = [torch.as_tensor(frames[row]).float() for row in rows]
+            out = model.encode_speech(pad_sequence(some, batch_first=True).to(device), torch.tensor([len(one) for one in some], device=device))  # (B, T, F)
             speech[rows] = out.embedding.cpu()
             for row, token, mask in zip(rows, out.tokens.float().cpu(), out.mask.cpu()): tokens[row] = token[mask]
-        for some in (torch.stack(grids[start:start + batch_size]) for start in range(0, len(grids), batch_size)):
+        for some in (torch.stack([torch.as_tensor(grids[place]) for place in range(start, min(start + batch_size, len(grids)))]) for start in range(0, len(grids), batch_size)):
             out = model.encode_image((some / 255 if some.dtype == torch.uint8 else some.float()).to(device))  # pixels to [0, 1], as in collate
             images.append((out.embedding.cpu(), out.tokens.float().cpu()))
     image, image_tokens = (torch.cat(parts) for parts in zip(*images)) if images else (None, None)

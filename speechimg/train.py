@@ -19,7 +19,7 @@ from .alignment import Alignment, encode
 from .core import InputError, atomic_write, default_device, seed_everything, write_json
 from .corpora import find, load_corpus, splits
 from .data import augment, collate, epoch_batches, sha256
-from .distributed import average, processes, sum_over_all, world, zero_first
+from .distributed import average, processes, row_counts, sum_over_all, world, zero_first
 from .hubert import rate_factors
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
@@ -134,9 +134,10 @@ def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  
         with torch.no_grad(): sides = encode(model.eval(), collate(features["train"], [int(features["train"].lengths.argmax())]))
         lengths = sides[0].tokens.shape[1] * 11 // 10 + 1, sides[1].tokens.shape[1]
     alignment = Alignment(model, *lengths).to(default_device()).train()
-    if config.compile:
-        for part in (alignment.model.fusion, alignment.model.speech_tower, alignment.model.image_tower): part.compile(dynamic=True)
+    if config.compile: model.compile_parts()                               # the teacher was copied before
     optimizer, checkpoint = make_optimizer(model, config), latest_checkpoint(out) if resume else None
+    steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())  # each machine looks into a folder of its own, if they share none
+    if len(set(steps)) > 1: raise InputError(out, f"is not the same folder for all processes: their newest checkpoints are of the steps {', '.join(map(str, steps))}", "put it on a disk that all machines share, or copy it to each")
     if checkpoint is None: return features, data, alignment, optimizer, 0, 0.
     here, there = config.to_dict() | data, checkpoint[0]["config"] | checkpoint[0]["data"]
     differs = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key)]

@@ -20,6 +20,7 @@ from test_core import ROOT, complaint
 
 from speechimg import data
 from speechimg.corpora import load_corpus
+from speechimg.core import memory_limit
 from speechimg.data import Batch, FeatureCache, Features, augment, collate, decode_audio, decode_image, epoch_batches, sha256, speech_mask
 
 
@@ -143,6 +144,36 @@ def test_a_clip_shorter_than_a_frame(corpus, tmp_path):
     short = Simple(pictures=corpus.pictures, captions=corpus.captions, root="mini", read=lambda path: wav_bytes(np.ones(100)) if "000-0.wav" in path else corpus.read(path))
     assert "too short" in complaint(Features, short, Frames(), Tiny(), FeatureCache(tmp_path), progress=False)
     assert len(Features(short, Frames(), Tiny(), FeatureCache(tmp_path), on_error="skip", progress=False)) == 23
+
+
+def test_what_does_not_fit_into_memory_is_read_again(corpus, features):
+    "Whatever the limit: the same lengths, the same batches. The mutants: a file that went away, and one that was damaged, are named."
+    half = sum(image.nbytes for image in features.image) + sum(frames.nbytes for frames in features.speech) // 2
+    for memory, kept in ((0, 0), (half, None), (float("inf"), 36)):
+        other = Features(corpus, Frames(), Tiny(), features.cache, progress=False, memory=memory)
+        held = sum(not isinstance(one, str) for side in (other.image, other.speech) for one in side.held)
+        assert held == kept if kept is not None else 12 < held < 36
+        assert other.lengths.tolist() == features.lengths.tolist() and len(other.image) == 12
+        assert sum(one.nbytes for side in (other.image, other.speech) for one in side.held if not isinstance(one, str)) <= memory
+        for rows in ([0, 5, 23], list(range(24))):
+            one, two = collate(features, rows), collate(other, rows)
+            assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("speech", "speech_lengths", "image", "ids")) and one.uttids == two.uttids
+    other = Features(corpus, Frames(), Tiny(), features.cache, progress=False, memory=0)
+    before = Frames.calls
+    for name in list(features.cache.folder.rglob("*.npz")): name.write_bytes(b"spoilt")
+    assert "start again" in complaint(collate, other, [3]) and Frames.calls == before
+    assert torch.equal(collate(Features(corpus, Frames(), Tiny(), features.cache, progress=False, memory=0), [3]).speech, collate(features, [3]).speech)
+
+
+def test_the_limit_of_memory(monkeypatch):
+    monkeypatch.delenv("SPEECHIMG_MEMORY", raising=False)
+    assert memory_limit() == 8e9
+    for text, expected in (("0", 0), ("1.5", 1.5e9), ("inf", float("inf"))):
+        monkeypatch.setenv("SPEECHIMG_MEMORY", text)
+        assert memory_limit() == expected
+    for text in ("-1", "nan", "8 GB"):
+        monkeypatch.setenv("SPEECHIMG_MEMORY", text)
+        assert text in complaint(memory_limit)
 
 
 def test_pictures_alone(corpus, tmp_path):

@@ -205,6 +205,37 @@ def test_resumed_on_another_number_of_processes_the_run_is_the_same(mini, alone)
     same_run(alone, out)
 
 
+APART = """
+import os, sys
+from speechimg.cli import main
+sys.exit(main(["train", "--corpus", sys.argv[1], "--config", sys.argv[2], "--out", sys.argv[3] + os.environ["RANK"], "--resume"]))
+"""
+
+
+@pytest.mark.slow
+def test_folders_that_are_not_shared_are_refused(mini, alone, tmp_path):
+    "Each process finds a checkpoint of another step, as on machines with disks of their own: all stop, nothing is trained."
+    for rank in (0, 1): shutil.copytree(alone, tmp_path / f"out{rank}")
+    for name in ("out0", "out1"): (tmp_path / name / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "out1" / "checkpoint-12")
+    before = (tmp_path / "out0" / "log.csv").read_bytes()
+    (tmp_path / "program.py").write_text(APART)
+    done = subprocess.run(command(2, tmp_path / "program.py", mini, mini.parent / "config.json", tmp_path / "out"), env=ALONE, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "of the steps 12, 8" in done.stderr and "Traceback (most recent call last)" not in done.stderr.split("speechimg: ")[0], done.stderr[-3000:]
+    assert (tmp_path / "out0" / "log.csv").read_bytes() == before and len(checkpoints(tmp_path / "out1")) == 1
+
+
+def test_the_others_wait_for_two_days(monkeypatch):
+    "Rank 0 may need longer than an hour or two for the features of a corpus; a job that is dead torchrun ends."
+    seen = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: seen.update(hours=timeout.total_seconds() / 3600))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with processes(): pass
+    assert seen == {"hours": 48}
+
+
 def test_a_batch_too_small_for_its_processes_is_refused(mini, monkeypatch):
     "An empty micro-batch on one process would leave the others waiting for ever."
     monkeypatch.setattr(train_room, "world", lambda: World(0, 4))

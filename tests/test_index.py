@@ -104,3 +104,17 @@ def test_readme_stands_alone():
     assert not re.search(r"^#\|", text, re.M) and "import matplotlib" not in text
     for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
+    "A config for one GPU is cut into micro-batches, each with its own negatives; eight processes hold the same 32 pairs each without that."
+    from speechimg.core import Config
+
+    found = 0
+    for path in [root / "README.md", *sorted((root / "nbs").glob("*.ipynb"))]:
+        for start, name, rest in re.findall(r"torchrun --nproc-per-node (\d+) [^\n]*--config (\S+)([^\n]*)", path.read_text()):
+            config = Config.load(name)
+            cut = re.search(r"--set accumulate=(\d+)", rest)
+            assert config.batch_size // int(cut[1] if cut else config.accumulate) // int(start) == config.batch_size // config.accumulate == 32, (path.name, name)
+            found += 1
+    assert found == 6

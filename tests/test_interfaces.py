@@ -28,6 +28,7 @@ RUN = json.loads((data_dir() / "models" / "reference" / "metrics.json").read_tex
 
 def make(towers="light", run=None, **settings):
     torch.manual_seed(0)
+    if towers == "paper": settings = {"speech_model": "tiny", "image_model": "tiny"} | settings
     model = SpeechImageModel(Config(towers=towers, **SIZES | settings)).eval()
     model.run = run
     return model
@@ -164,8 +165,9 @@ def built(monkeypatch):
     return devices
 
 
-@pytest.mark.parametrize("towers", ["light", "small"])
-@pytest.mark.parametrize("lie", [{"width": 40_000_000}, {"dim": 10**12}, {"fusion_depth": 10**9}, {"speech_depth": 10**6}, {"width": 2**62}, {"width": 32}, {"dim": 9}])
+@pytest.mark.parametrize("towers", ["light", "small", "paper"])
+@pytest.mark.parametrize("lie", [{"width": 40_000_000}, {"dim": 10**12}, {"fusion_depth": 10**9}, {"speech_depth": 10**6}, {"image_depth": 10**5}, {"width": 2**62}, {"width": 32}, {"dim": 9},
+                                 {"width": 17_000, "dim": 1}])
 def test_sizes_that_the_file_does_not_have_are_refused_before_memory_is_asked_for(tmp_path, towers, lie, built):
     make(towers).save_pretrained(tmp_path)
     built.clear()
@@ -174,6 +176,17 @@ def test_sizes_that_the_file_does_not_have_are_refused_before_memory_is_asked_fo
     with pytest.raises(InputError) as error: SpeechImageModel.from_pretrained(tmp_path)
     assert any(name in str(error.value) for name in ("model.safetensors", "config.json: width: ", "config.json: dim: ")) and "\n" not in str(error.value)
     assert set(built) <= {"meta"}
+
+
+@pytest.mark.parametrize("finetune", ["none", "both"])
+def test_the_towers_of_the_paper_are_compared_too(tmp_path, finetune, built):
+    make("paper", finetune=finetune).save_pretrained(tmp_path)
+    assert set(SpeechImageModel.from_pretrained(tmp_path).state_dict()) == set(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    built.clear()
+    config = json.loads((tmp_path / "config.json").read_text()) | {"width": 24, "heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="config.json asks for"): SpeechImageModel.from_pretrained(tmp_path)
+    assert set(built) == {"meta"}
 
 
 def test_without_the_check_memory_would_be_asked_for(tmp_path, built, monkeypatch):

@@ -4,10 +4,15 @@ For each trap there is the mistake put back, which the check must catch.
 """
 import copy
 import json
+import os
 import pickle
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -16,6 +21,7 @@ import torchaudio
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
+from miniature import make_corpus
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
@@ -518,6 +524,34 @@ def test_hubert_weights_arrive(hub, name, mode):
     assert ears.front_end.normalise == (name == "hubert_large")
 
 
+@pytest.mark.parametrize("finetune", ["speech", "image", "both"])
+def test_a_fine_tuned_model_is_loaded_without_fetching_what_it_holds(hub, tmp_path, monkeypatch, finetune):
+    "The saved file brings the networks that learnt; a frozen one is in no file of ours, and asked for only when it is needed."
+    from speechimg.model import SpeechImageModel
+    torch.save(network("group_norm").state_dict(), hub / torchaudio.pipelines.HUBERT_BASE._path)
+    folder = tmp_path / "blip2"
+    torch.manual_seed(0)
+    model = SpeechImageModel(change(speech_model="hubert_base", image_model=save_blip2(folder), finetune=finetune, dim=8, fusion_depth=1)).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.01 * torch.randn_like(p))                   # as if it had learnt
+    features, lengths = batch(model.speech_tower, [sound(5_000), sound(900)])
+    shown = pixels(model.image_tower, [picture()])
+    with torch.no_grad(): expected = model.encode_speech(features, lengths).embedding, model.encode_image(shown).embedding
+    model.save_pretrained(tmp_path / "saved")
+
+    asked = []
+    def refuse(*arguments, **options): asked.append(arguments); raise OSError("no network here")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    for file in [*hub.iterdir(), *folder.glob("*.safetensors")]: file.unlink()
+    again = SpeechImageModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad(): found = again.encode_speech(features, lengths).embedding, again.encode_image(shown).embedding
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and not asked
+    for kind, tower, thing in (("speech", again.speech_tower, sound(900)), ("image", again.image_tower, picture())):
+        if finetune in (kind, "both"): assert tower.front_end(thing) is not None
+        else:
+            with pytest.raises(InputError): tower.front_end(thing)                        # frozen: its own weights, never random ones
+
+
 def test_hubert_that_cannot_be_had_says_where_to_put_it(hub, monkeypatch):
     def offline(*arguments, **options): raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
@@ -664,3 +698,98 @@ def test_whole_steps_of_training(values):
         losses.append(output.loss.item())
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[2:5])      # from when the queue is full
     if "finetune" not in values: assert alignment.teacher.speech_tower.frozen is model.speech_tower.frozen
+
+
+def made_pairs(model, count=4):
+    "A Batch of so many pairs."
+    from speechimg.data import Batch
+    speech, lengths = batch(model.speech_tower, [sound(900 + 400 * i, i) for i in range(count)])
+    return Batch(speech, lengths, pixels(model.image_tower, [picture(32 + i, 40) for i in range(count)]), torch.arange(count), [str(i) for i in range(count)])
+
+
+def test_the_optimiser_gives_each_layer_its_rate():
+    "layer_decay 0.5: every learning parameter in one group, with the factor of its layer; each step multiplies the rate of that moment by it."
+    from speechimg.alignment import Alignment
+    from speechimg.model import SpeechImageModel
+    from speechimg.train import learning_rate, make_optimizer, train_step
+    config = change(dim=8, queue_size=8, fusion_depth=1, finetune="both", layer_decay=.5, steps=9, warmup_steps=4, learning_rate=1e-2)
+    model = SpeechImageModel(config, *paper_towers(config))
+    optimizer, alignment = make_optimizer(model, config), Alignment(model).train()
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(group_of) == sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
+    factor = lambda name: group_of[id(parameters[name])]["factor"]
+    speech, image = "encoders.speech_tower.backbone.encoder.transformer.layers.{}.feed_forward.output_dense.weight", "encoders.image_tower.backbone.vision.encoder.layers.{}.mlp.fc1.weight"
+    assert [factor(speech.format(layer)) for layer in range(3)] == [.25, .5, 1.] and [factor(image.format(layer)) for layer in range(2)] == [.5, 1.]
+    assert factor("encoders.speech_tower.backbone.encoder.feature_projection.projection.weight") == .125
+    assert all(factor(name) == 1 for name in parameters if "backbone" not in name)
+    assert group_of[id(parameters[speech.format(0)])]["weight_decay"] == config.weight_decay
+    assert group_of[id(parameters[speech.format(0).replace("weight", "bias")])] | {"params": 0} == group_of[id(parameters[speech.format(0)])] | {"params": 0, "weight_decay": 0.}
+    before, rates = {name: p.detach().clone() for name, p in parameters.items()}, []
+    for number in range(2):
+        train_step(alignment, optimizer, made_pairs(model), number, torch.Generator().manual_seed(number))
+        assert all(group["lr"] == learning_rate(config, number) * group["factor"] for group in optimizer.param_groups)
+        rates.append(optimizer.param_groups[0]["lr"])
+        if number == 0:  # AdamW's first step is as long as the rate, wherever the gradient is not tiny
+            for name, rate in ((speech.format(0), .25), (speech.format(2), 1.), (image.format(0), .5)):
+                assert_close((parameters[name].detach() - before[name]).abs().median().item(), rate * learning_rate(config, 0), rtol=.05, atol=0)
+    assert rates[1] == 2 * rates[0]
+
+
+STEPS = """
+import json, sys
+from speechimg.core import Config
+from speechimg.distributed import world
+from speechimg.train import train
+config, corpus, out = Config.from_dict(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+train(config, corpus, out, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_everything_at_once_by_two_processes(tmp_path):
+    "Tiny HuBERT and BLIP-2 that learn, checkpointing, bfloat16, Q-Former, micro-batches, layer decay: trained by two processes, saved, loaded, evaluated; and nobody talks."
+    from speechimg.corpora import load_corpus
+    from speechimg.retrieval import evaluate, load_features, load_model
+    from speechimg.runs import latest_checkpoint
+    corpus = make_corpus(tmp_path / "mini", n_images=12)
+    settings = TINY.to_dict() | {"dim": 8, "fusion_depth": 1, "finetune": "both", "checkpointing": True, "precision": "bfloat16", "qformer": True, "accumulate": 2, "layer_decay": .7,
+                                 "batch_size": 8, "steps": 6, "queue_size": 16, "queue_warmup_steps": 2, "warmup_steps": 1, "evaluate_every": 6, "checkpoint_every": 3, "max_seconds": 1.0, "dropout": .1}
+    (tmp_path / "program.py").write_text(STEPS)
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "SPEECHIMG_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "program.py", json.dumps(settings), corpus, tmp_path / "out"],
+                          env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpointing" not in done.stdout + done.stderr and done.stdout == "", done.stdout + done.stderr
+    log = pd.read_csv(tmp_path / "out" / "log.csv")
+    assert log["step"].tolist() == list(range(1, 7)) and np.isfinite(log[["loss", "sic", "sim", "gradient_norm"]]).all(axis=None)
+    state, tensors = latest_checkpoint(tmp_path / "out")
+    assert state["step"] == 6 and int(tensors["queue.pointer"]) == 6 * 8 % 16 and all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+    run = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert run["processes"] == 2
+    model = load_model(tmp_path / "out")
+    start = load_hubert("tiny").state_dict()
+    moved = {name for name, tensor in model.speech_tower.backbone.state_dict().items() if not torch.equal(tensor.cpu(), start[name])}
+    assert moved and not any("feature_extractor" in name for name in moved)
+    found = evaluate(model, load_features(model, load_corpus(corpus, "val")))
+    for stage in ("coarse", "fine"): assert found[stage] == run["validation"][stage]
+
+
+@pytest.mark.slow  # a minute or two
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_towers_of_the_paper_learn_the_same():
+    "Only fusion and readers are compiled; losses as without, names of weights untouched."
+    from speechimg.alignment import Alignment
+    from speechimg.model import SpeechImageModel
+    from speechimg.train import make_optimizer, train_step
+    config, losses = change(dim=8, fusion_depth=1, finetune="both", queue_size=8, queue_warmup_steps=0, warmup_steps=0, learning_rate=1e-3), {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = SpeechImageModel(config, *paper_towers(config))
+        names, alignment, optimizer = list(model.state_dict()), Alignment(model).train(), make_optimizer(model, config)
+        if compiled: model.compile_parts()
+        losses[compiled] = [train_step(alignment, optimizer, made_pairs(model), number, torch.Generator().manual_seed(number))[0][0].loss.item() for number in range(2)]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
+    assert names == list(model.state_dict()) and losses[True] != losses[True][::-1]
+    assert {name for name, module in model.named_modules() if module._compiled_call_impl is not None} == {"fusion", "encoders.speech_tower.reader", "encoders.image_tower.reader"}

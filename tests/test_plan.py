@@ -9,6 +9,7 @@ import torch
 
 from speechimg import plan as room
 from speechimg.core import Config, InputError, write_json
+from speechimg.data import augment_speech
 from speechimg.plan import Live, amount, assumed, measure, plan, profile_step, report
 
 SMALL = dict(width=32, dim=16, heads=2, speech_depth=1, image_depth=1, fusion_depth=1, max_seconds=2.0, queue_size=64)
@@ -80,6 +81,34 @@ def test_the_plan_is_what_a_run_takes(name):
     assert measured["seconds"] > 0
 
 
+@pytest.mark.parametrize("name", ["small", "learning"])
+def test_augmentation_stretches_the_longest_recordings(name):
+    "Memory is for the longest batch as training sees it; the plan without the stretch is too small for that."
+    config, pairs = Config(**CONFIGS[name] | {"max_seconds": 4.0}), 24
+    measured, planned = measure(config, pairs, steps=1)["saved"], plan(config)
+    assert planned["longest"] == pytest.approx(4.4) and "4.4 s, the longest that the config admits, stretched" in report(planned)
+    assert measured * 0.99 < pairs * planned["saved_per_pair"] < measured * 1.05  # the longest of 24 draws is a little shorter than the longest there can be
+    unstretched = plan(replace(config, augment=False))
+    assert unstretched["longest"] == 4.0 and pairs * unstretched["saved_per_pair"] < 0.98 * measured
+
+
+def test_stretch_is_what_augmentation_does():
+    "Ten thousand recordings: none becomes longer than STRETCH says, one nearly."
+    lengths = torch.full((10_000,), 1000)
+    _, new = augment_speech(torch.zeros(10_000, 1000, 1), lengths, torch.Generator().manual_seed(0))
+    assert 1.099 < new.max() / 1000 <= room.STRETCH
+
+
+def test_seconds_of_a_step_are_foreseen_from_those_of_another():
+    "Operations per second measured once: within a factor of three for a model of another size."
+    known, other, pairs = Config(**SMALL | dict(towers="small")), Config(**SMALL | dict(towers="small", width=128, heads=4, max_seconds=6.0, batch_size=16)), 24
+    tflops = pairs * plan(known, seconds=2.0)["flops_per_pair"] / measure(known, pairs)["seconds"] / 1e12
+    planned, measured = plan(other, seconds=6.0, tflops=tflops), measure(other, other.batch_size)["seconds"]
+    assert 1 / 3 < other.batch_size / planned["pairs_per_second"] / measured < 3
+    assert planned["hours"] * 3600 == pytest.approx(other.steps * other.batch_size / planned["pairs_per_second"])
+    assert f"{other.batch_size / planned['pairs_per_second']:.2g} s per step" in report(planned) and "pairs/s" in report(planned)
+
+
 def coarse_only(alignment, batch): return sum(side.embedding.sum() for side in room.encode(alignment.model, batch))
 
 
@@ -131,8 +160,8 @@ def test_parts_by_hand():
     parts, trained = planned["bytes"], planned["parameters"]["trained"]
     assert parts["gradients"] == 4 * trained and parts["moments"] == 8 * trained
     assert parts["queue"] == 2 * 256 * 16 * 4 + 256 * 8 + 8                     # two rings of float32, ids and pointer of int64
-    frames, patches = (32_000 - 80) // 320, 1 + 1 + 16                          # the reader adds a [CLS] to each
-    assert parts["tokens"] == 128 * ((1 + frames) * 32 * 2 + (1 + frames) + patches * 32 * 2 + 8) + 8
+    frames, stretched, patches = (32_000 - 80) // 320, (35_200 - 80) // 320, 1 + 1 + 16  # the reader adds a [CLS] to each
+    assert parts["tokens"] == 128 * ((1 + stretched) * 32 * 2 + (1 + stretched) + patches * 32 * 2 + 8) + 8
     assert planned["disk"]["per_recording"] == frames * 3 * 32 * 2 and planned["disk"]["per_picture"] == 17 * 32 * 2
 
 
@@ -184,3 +213,11 @@ def test_large_towers_are_planned_without_a_network_and_without_memory(monkeypat
     planned = plan(Config(towers="paper", finetune="both", speech_model="hubert_base", max_seconds=4.0))
     assert 1.05e9 < sum(planned["parameters"][kind] for kind in ("trained", "frozen")) < 1.1e9  # HuBERT base 94 million, ViT-g 986 million
     assert planned["needed"] > 17e9 and replace(Config(), steps=1).steps == 1
+
+
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("name", ["flickr8k-base", "spokencoco-large"])  # flickr8k-large is planned like the last
+def test_the_shipped_configurations_fit_a_gpu_of_80_gib(name):
+    config = Config.load(name)
+    planned = plan(config)
+    assert config.augment and planned["longest"] == pytest.approx(8.8) and planned["micro_batch"] == 32 <= planned["largest_micro_batch"]

@@ -517,6 +517,14 @@ def test_workers_change_nothing(workshop, tmp_path):
     same_but_for({"workers": 0}, result(workshop.whole), result(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_on_the_disk_change_nothing(workers, workshop, tmp_path, monkeypatch):
+    "No array is kept in memory: the same run, to the last bit, validation included."
+    monkeypatch.setenv("SPEECHIMG_MEMORY", "0")
+    run(workshop.corpus, tmp_path / "out", workers=workers)
+    same_but_for({"workers": 0}, result(workshop.whole), result(tmp_path / "out"))
+
+
 def test_tensorboard_shows_the_log(workshop, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     out = run(workshop.corpus, tmp_path / "out", tensorboard=True)

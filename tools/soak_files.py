@@ -156,6 +156,8 @@ def model_cases(folder, rng, outside):
     cases = {f"weights: {what}": weight(data) for what, data in weights(outside).items()}
     cases |= {"weights truncated": weight(good[: len(good) // 2]), "weights with a broken header": weight(flipped(good[:200], rng, 40, 8) + good[200:]),
               "weights linked to /dev/zero": link("/dev/zero"), "weights linked to nothing": link(outside)}
+    paper = settings | {"learning_rate": 0.003, "towers": "paper", "speech_model": "tiny", "image_model": "tiny"}
+    cases |= {"config: paper towers of 100,000 blocks": config(json.dumps(paper | {"speech_depth": 10**5})), "config: paper towers of width 17,000": config(json.dumps(paper | {"width": 17_000, "dim": 1}))}
     return cases | {f"config: {what}": config(text) for what, text in config_cases(settings | {"learning_rate": 0.003}).items() if what != "learning_rate 1e999"}
 
 
