@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Every path is relative, so the folder's own name may hold spaces.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak gates lab install dev export readme notebooks corpora reference small clean
+.PHONY: help demo test check soak bench gates lab install dev export readme notebooks corpora reference small clean
 PYTHON ?= python3
 PY := .venv/bin/python
 # computed features stay inside the clone, shared by the demo, the tests and the notebooks; SPEECHIMG_CACHE moves them
@@ -26,6 +26,9 @@ check: dev ## the quick part of `make test` (under 3 minutes)
 
 soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (under 30 minutes)
 	@$(PY) tools/soak.py
+
+bench: install ## speed in figures, before and after, to data/bench.json (under 10 minutes on two free cores)
+	@$(PY) tools/bench.py
 
 gates: dev ## only the gates
 	@$(PY) tools/gates.py
