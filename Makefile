@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Every path is relative, so the folder's own name may hold spaces.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak results gates lab install dev export readme notebooks corpora reference small clean
+.PHONY: help demo test check soak bench results gates lab install dev export readme notebooks corpora reference small clean
 PYTHON ?= python3
 PY := .venv/bin/python
 # computed features stay inside the clone, shared by the demo, the tests and the notebooks; SPEECHIMG_CACHE moves them
@@ -29,6 +29,9 @@ soak: dev ## kills, a full disk, hostile and mutated files: reliability in figur
 
 results: dev ## every run behind nbs/15_results.ipynb that data/results.jsonl does not hold yet (hours; stop it whenever you like)
 	@$(PY) tools/results.py
+
+bench: install ## speed in figures, before and after, to data/bench.json (under 10 minutes on two free cores)
+	@$(PY) tools/bench.py
 
 gates: dev ## only the gates
 	@$(PY) tools/gates.py

@@ -384,6 +384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'speechimg.sim.MultimodalEncoder.forward': ('sim.html#multimodalencoder.forward', 'speechimg/sim.py'),
                                'speechimg.sim.MultimodalEncoder.hear': ('sim.html#multimodalencoder.hear', 'speechimg/sim.py'),
                                'speechimg.sim.MultimodalEncoder.judge': ('sim.html#multimodalencoder.judge', 'speechimg/sim.py'),
+                               'speechimg.sim.MultimodalEncoder.judge_many': ('sim.html#multimodalencoder.judge_many', 'speechimg/sim.py'),
                                'speechimg.sim.MultimodalEncoder.see': ('sim.html#multimodalencoder.see', 'speechimg/sim.py'),
                                'speechimg.sim.MultimodalEncoder.wanted': ('sim.html#multimodalencoder.wanted', 'speechimg/sim.py'),
                                'speechimg.sim.sim_loss': ('sim.html#sim_loss', 'speechimg/sim.py')},

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .core import Config, InputError, cache_dir, data_dir, default_device
 from .corpora import Corpus, find, load_corpus, picture_folder, splits
-from .data import SAMPLE_RATE, FeatureCache, Features, speech_mask
+from .data import SAMPLE_RATE, FeatureCache, Features
 from .model import SpeechImageModel
 
 # %% ../nbs/12_retrieval.ipynb #d5391a42
@@ -115,19 +115,11 @@ def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, r
     return Embeddings(speech, image, tokens, image_tokens, features.image_of)
 
 # %% ../nbs/12_retrieval.ipynb #389e4ba9
-def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=64):  # or "image_to_speech"; pairs per forward pass
+def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=128):  # or "image_to_speech"; pairs per forward pass
     "A function (query_idx (n,), candidate_idx (n,)) -> (n,) matching scores, the logit of class 1 (method 1.8)."
-    lengths = torch.tensor([len(tokens) for tokens in embeddings.speech_tokens])
-
     def score_pairs(query_idx, candidate_idx):
-        speech, image = (query_idx, candidate_idx) if direction == "speech_to_image" else (candidate_idx, query_idx)
-        scores = torch.empty(len(speech))
-        with judging(model) as device:
-            for rows in lengths[speech].argsort(stable=True).split(batch_size):                  # like lengths together again
-                tokens = pad_sequence([embeddings.speech_tokens[place] for place in speech[rows].tolist()], batch_first=True)
-                mask = speech_mask(lengths[speech[rows]], tokens.shape[1])                       # (B, T)
-                scores[rows] = model.match(tokens.to(device), mask.to(device), embeddings.image_tokens[image[rows]].to(device))[:, 1].cpu()
-        return scores
+        pairs = (query_idx, candidate_idx) if direction == "speech_to_image" else (candidate_idx, query_idx)
+        with judging(model): return model.fusion.judge_many(embeddings.speech_tokens, embeddings.image_tokens, pairs, batch_size)[:, 1]
     return score_pairs
 
 # %% ../nbs/12_retrieval.ipynb #ba65bba4

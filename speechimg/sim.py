@@ -9,6 +9,7 @@ __all__ = ['MultimodalEncoder', 'sim_loss']
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from .attention import Block
 
 # %% ../nbs/09_sim.ipynb #a262af84
@@ -44,7 +45,8 @@ class MultimodalEncoder(nn.Module):
 
     def see(self, image_tokens):  # as in forward
         "What a picture can answer: keys and values (n, H, P, dim/H) of each block. Needed once, too."
-        return [block.attend_cross.answers(image_tokens.to(self.verdict.weight.dtype)) for block in self.blocks]
+        image_tokens = image_tokens.to(self.verdict.weight.dtype)
+        return [[one.contiguous() for one in block.attend_cross.answers(image_tokens)] for block in self.blocks]
 
     def judge(self, heard, speech_mask, seen, pairs=None):  # from hear, its mask, from see, as in forward
         "The rest: all that depends on both."
@@ -57,6 +59,23 @@ class MultimodalEncoder(nn.Module):
             heard = block.think(x, answers=answers)
         with torch.autocast(heard.device.type, enabled=False):
             return self.verdict(self.norm(heard[:, 0].to(self.verdict.weight.dtype))).float()  # (m, dim) -> (m, 2)
+
+    @torch.no_grad()
+    def judge_many(self, recordings, pictures, pairs, batch_size=128, room=2**28):  # n times (T, dim) without padding, (m, P, dim), as in forward; pairs at once, bytes
+        "As forward, for any number of pairs in any order: like lengths together, each picture and recording of a batch once."
+        speech, image = pairs
+        lengths, logits, device = torch.tensor([len(one) for one in recordings]), torch.empty(len(speech), 2), self.verdict.weight.device
+        order = (lengths[speech] * len(recordings) + speech).argsort()  # by length, and the pairs of a recording side by side
+        fitting = max(1, room // (8 * len(self.blocks) * pictures[:1].numel() + 1))  # pictures whose keys and values have room
+        for some in image.unique().split(fitting):
+            seen, rows = self.see(pictures[some].to(device)), order[torch.isin(image[order], some)]
+            for part in rows.split(batch_size):
+                spoken, place = speech[part].unique(return_inverse=True)
+                tokens = pad_sequence([recordings[row] for row in spoken.tolist()], batch_first=True).to(device)
+                mask = (torch.arange(tokens.shape[1]) < lengths[spoken, None]).to(device)
+                shown = torch.searchsorted(some, image[part])
+                logits[part] = self.judge(self.hear(tokens, mask), mask, seen, (place.to(device), shown.to(device))).cpu()
+        return logits
 
     def wanted(self, place):  # index of a block
         "How many of its tokens are read afterwards: of the last one only [CLS]; None = all."

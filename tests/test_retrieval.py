@@ -21,6 +21,7 @@ from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus, load_probe
 from speechimg.data import speech_mask
 from speechimg.model import SpeechImageModel
+from speechimg.sim import MultimodalEncoder
 from speechimg.retrieval import (embed, evaluate, evaluate_corpus, hit_probability, load_features, load_model, open_gallery, pair_scorer,
                                  recall_at_k, rerank, search, swap_accuracy, swap_trials, two_stages)
 
@@ -507,7 +508,8 @@ def test_a_forgotten_mask_is_caught(mini, monkeypatch):
         found = pair_scorer(mini.model, embeddings)(torch.tensor([longest, shortest]), torch.tensor([0, 0]))
         assert abs(found[1].item() - one_pair(mini.model, embeddings, shortest, 0)) < 1e-5
     check(None)
-    monkeypatch.setattr(room, "speech_mask", lambda lengths, T: torch.ones(len(lengths), T, dtype=torch.bool))
+    hear = MultimodalEncoder.hear
+    monkeypatch.setattr(MultimodalEncoder, "hear", lambda self, tokens, mask: hear(self, tokens, torch.ones_like(mask)))
     caught(check, None)
 
 
@@ -588,7 +590,7 @@ def test_swap_accuracy_by_hand_and_draws():
     class Judge(nn.Module):
         weight = nn.Parameter(torch.zeros(1))
         def parameters(self, recurse=True): return iter([self.weight])
-        def match(self, speech, mask, image): return torch.stack([torch.zeros(len(image)), image[:, 0, 0]], 1)
+        fusion = SimpleNamespace(judge_many=lambda speech, image, pairs, batch_size: torch.stack([torch.zeros(len(pairs[1])), image[pairs[1], 0, 0]], 1))
     trials = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, 2], [1, 0, 1]])  # coarse: won, won, draw, lost; fine: won, lost, draw, won
     assert swap_accuracy(Judge(), embeddings, trials) == {"coarse": 62.5, "fine": 62.5}
 
