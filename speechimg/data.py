@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MAX_SAMPLES', 'MAX_PIXELS', 'MAX_SIDE', 'decode_audio', 'is_silent', 'decode_image', 'to_rgb',
-           'sha256', 'FeatureCache', 'Arrays', 'Features', 'level', 'Batch', 'collate', 'speech_mask', 'sibling_units',
-           'epoch_batches', 'augment', 'augment_speech', 'augment_image']
+           'sha256', 'FeatureCache', 'Arrays', 'Features', 'level', 'Batch', 'collate', 'speech_mask']
 
 # %% ../nbs/01_data.ipynb #d6fd2534
 import hashlib, io, re, warnings, zipfile
-from collections import Counter, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .core import InputError, atomic_write, memory_limit
 
@@ -36,7 +33,8 @@ def decode_audio(data, name,                       # the bytes of a WAV, FLAC, O
             wave = file.read(keep, dtype="float32", always_2d=True)  # (n, channels); five hours of sound must not fill the memory
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise InputError(name, f"cannot be decoded as sound ({getattr(error, 'error_string', error)})", "convert it to WAV, FLAC or Ogg, or remove it") from None
-    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00): raise InputError(name, "ends before its header says", "copy it again")  # above: recorders that stream, no promise
+    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00):  # above: recorders that stream, no promise
+        raise InputError(name, "ends before its header says", "copy it again")
     if not np.isfinite(wave).all(): raise InputError(name, "holds NaN or infinite samples", "export it again as 16-bit WAV")
     wave = (wave / np.abs(wave).max(initial=1)).mean(1)  # (n, channels) -> (n,); float files may exceed 1
     if len(wave) and rate != SAMPLE_RATE: wave = soxr.resample(wave, rate, SAMPLE_RATE)
@@ -104,38 +102,50 @@ class FeatureCache:
 # %% ../nbs/01_data.ipynb #da732e3f
 class Arrays:
     "The features of some files: in memory while there is room, the others read from the cache again whenever they are asked for."
-    def __init__(self, cache, params): self.cache, self.params, self.held, self.lengths = cache, params, [], []
+    def __init__(self, cache, params):
+        self.cache, self.params = cache, params
+        self.held, self.lengths = [], []  # an array, or the key of one in the cache; its length
     def __len__(self): return len(self.held)
-    def __getitem__(self, place): return self.cache.get(one, self.params, self.gone) if isinstance(one := self.held[place], str) else one
+    def __getitem__(self, place):
+        one = self.held[place]
+        return self.cache.get(one, self.params, self.gone) if isinstance(one, str) else one
     def gone(self): raise InputError(self.cache.folder, "has lost features of this corpus", "start again, and they are computed anew")
 
 class Features:
     "All features of a corpus, decoded, then computed or loaded from the cache. Raises InputError for unreadable files."
     def __init__(self, corpus,                       # has .captions, .pictures, .read(path) -> bytes
                  speech_front_end, image_front_end,  # have .params; wave (n,) -> (T, F); PIL picture -> array of one shape
-                 cache, max_seconds=20., on_error="raise", progress=True, memory=None):  # "skip": leave out what cannot be read, a line each in .skipped; bytes to keep, None = memory_limit()
+                 cache, max_seconds=20.,
+                 on_error="raise",               # "skip": leave out what cannot be read, one line each in .skipped
+                 progress=True, memory=None):    # show a bar; bytes to keep in memory, None = memory_limit()
         if on_error not in ("raise", "skip"): raise InputError("on_error", f"{on_error!r} is not one of the choices", "choose from raise, skip")
-        self.cache, self.on_error, self.progress, self.room, self.skipped = cache, on_error, progress, memory_limit() if memory is None else memory, list(getattr(corpus, "skipped", []))
+        self.cache, self.on_error, self.progress, self.skipped = cache, on_error, progress, list(getattr(corpus, "skipped", []))
+        self.room = memory_limit() if memory is None else memory
         self.image, self.pictures = self.load(corpus, [picture.path for picture in corpus.pictures], image_front_end, "decode_image 1", decode_image)
         place = {picture: index for index, picture in enumerate(self.pictures)}  # place in the corpus -> place in self.image
         wanted = [index for index, caption in enumerate(corpus.captions) if caption.image in place]
-        self.speech, kept = self.load(corpus, [corpus.captions[index].wav for index in wanted], speech_front_end, f"decode_audio 1 max_seconds={max_seconds}", lambda data, name: decode_audio(data, name, max_seconds))
+        self.speech, kept = self.load(corpus, [corpus.captions[index].wav for index in wanted], speech_front_end,
+                                      f"decode_audio 1 max_seconds={max_seconds}", lambda data, name: decode_audio(data, name, max_seconds))
         self.captions = [wanted[index] for index in kept]                        # their places in the corpus
         if not self.image or corpus.captions and not self.captions: raise InputError(corpus.root, "holds nothing readable", "list its problems with speechimg check")
-        self.uttids, self.lengths = [corpus.captions[index].uttid for index in self.captions], np.array(self.speech.lengths, dtype=np.int64)
+        self.uttids = [corpus.captions[index].uttid for index in self.captions]
+        self.lengths = np.array(self.speech.lengths, dtype=np.int64)
         facts = [(place[i], corpus.pictures[i].id, corpus.pictures[i].group, level(corpus.pictures[i])) for i in (corpus.captions[index].image for index in self.captions)]
         # (n_captions,) each: place in self.image; image id; siblings share a number, -1 = none; objects in the scene, 0 = unknown
         self.image_of, self.ids, self.groups, self.levels = torch.tensor(facts, dtype=torch.long).view(-1, 4).T.contiguous()
     def load(self, corpus, paths, front_end, decoding, decode):
         "The arrays of these files, and the places in paths of those that could be had."
         from tqdm.auto import tqdm
-        arrays, kept = Arrays(self.cache, params := f"{getattr(front_end, 'params', '')}; {decoding}"), []
+        params = f"{getattr(front_end, 'params', '')}; {decoding}"
+        arrays, kept = Arrays(self.cache, params), []
         for index, path in enumerate(tqdm(paths, desc=params.split()[0], leave=False, delay=5, disable=not self.progress)):
             try:
                 data = corpus.read(path)
-                array = self.cache.get(key := sha256(data), params, lambda: front_end(decode(data, path)))
+                key = sha256(data)
+                array = self.cache.get(key, params, lambda: front_end(decode(data, path)))
                 if not len(array): raise InputError(path, "is too short for a single frame", "record it again or remove it")
-                self.room -= array.nbytes; arrays.held.append(array if self.room >= 0 else key)  # once full, the rest stays on the disk
+                self.room -= array.nbytes
+                arrays.held.append(array if self.room >= 0 else key)           # once full, the rest stays on the disk
                 arrays.lengths.append(len(array)); kept.append(index)
             except InputError as error:
                 if self.on_error == "raise": raise
@@ -166,85 +176,9 @@ def collate(features, indices):
     for row, one in zip(speech, frames): row[:len(one)] = one
     image = np.stack([features.image[place] for place in features.image_of[indices].tolist()])
     image = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)               # (B, ...)
-    return Batch(torch.from_numpy(speech), torch.tensor([len(one) for one in frames]), torch.from_numpy(image), features.ids[indices], [features.uttids[index] for index in indices])
+    return Batch(torch.from_numpy(speech), torch.tensor([len(one) for one in frames]), torch.from_numpy(image),
+                 features.ids[indices], [features.uttids[index] for index in indices])
 
 def speech_mask(lengths, T):
     "(B, T) bool, True = valid, for lengths (B,) padded to T frames."
     return torch.arange(T, device=lengths.device) < lengths[:, None]
-
-# %% ../nbs/01_data.ipynb #a1a20c75
-def sibling_units(ids, groups, order, most):
-    "Captions to draw together: lists of 2 to `most` captions of one group and different images, similar in `order`, each caption once."
-    members, units = {}, []                           # group -> image -> its captions
-    for index in np.argsort(order).tolist():
-        if groups[index] >= 0: members.setdefault(groups[index], {}).setdefault(ids[index], []).append(index)
-    for images in members.values():
-        while len(images) > 1:                        # a round: one caption of every image that still has one
-            drawn = [captions.pop() for captions in images.values()]; images = {image: captions for image, captions in images.items() if captions}
-            parts = -(-len(drawn) // most)            # 5 captions in units of at most 4: 3 + 2, so that nobody is alone
-            units += [drawn[part::parts] for part in range(parts)]
-    return [unit for unit in units if len(unit) > 1]
-
-def epoch_batches(features, batch_size, generator,     # has .ids, .groups, .lengths; captions per batch; same state, same batches
-                  captions_per_image=1, siblings=0.,   # at most, in one batch, 0 = no limit; share of each batch drawn as siblings
-                  bucket=True, drop_last=True):        # similar lengths together, so that little is padded; only full batches
-    "One epoch: lists of caption indices, each caption at most once. Raises InputError if not even one full batch can be made."
-    ids, groups, n = features.ids.tolist(), features.groups.tolist(), len(features.ids)
-    rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
-    order = rng.uniform(0.9, 1.1, n) * (features.lengths if bucket else 1)  # noisy: new neighbours in every epoch
-    units = sibling_units(ids, groups, order, min(4, batch_size)) if siblings and batch_size > 1 else []
-    together = [units[place] for place in rng.permutation(len(units))]
-    together = together[:np.searchsorted(np.cumsum([len(unit) for unit in together]), siblings * n, "right")]  # the others dissolve
-    share, alone = len(taken := {index for unit in together for index in unit}), [[index] for index in rng.permutation(n).tolist() if index not in taken]
-    spare, reverse = alone[:n % batch_size + batch_size], bool(rng.integers(2))  # the last batches take what is left: not always the longest
-    together, alone = (deque(sorted(some, key=lambda unit: max(order[index] for index in unit), reverse=reverse)) for some in (together, alone[len(spare):])); alone.extend(spare)
-    def fill(batch, counts, source, until):
-        passed = []                                   # what does not fit now comes first in the next batch
-        while source and len(batch) < until:
-            unit = source.popleft()
-            if len(batch) + len(unit) <= batch_size and all(counts[ids[index]] < (captions_per_image or n) for index in unit):
-                batch += unit; counts.update(ids[index] for index in unit)
-            else: passed.append(unit)
-        source.extendleft(reversed(passed))
-    batches, total = [], max(1, n // batch_size if drop_last else -(-n // batch_size))
-    while together or alone:
-        batch, counts, given = [], Counter(), share - sum(map(len, together))  # siblings handed out so far
-        fill(batch, counts, together, min(batch_size, round(share * (len(batches) + 1) / total) - given)); fill(batch, counts, alone, batch_size)
-        while together and len(batch) < batch_size:   # no single caption is left that fits: siblings become single ones
-            alone.extend([index] for index in together.popleft()); fill(batch, counts, alone, batch_size)
-        if drop_last and len(batch) < batch_size: break
-        batches.append(batch)
-    if drop_last and not batches: raise InputError("batch_size", f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill", "lower it, or raise captions_per_image")
-    return [batches[place] for place in rng.permutation(len(batches))]
-
-# %% ../nbs/01_data.ipynb #0f6f611b
-def augment(batch, generator):
-    "A slightly different Batch that means the same; on the CPU. Never mirrored: left and right are words of the caption."
-    speech, lengths = augment_speech(batch.speech, batch.speech_lengths, generator)
-    return replace(batch, speech=speech, speech_lengths=lengths, image=augment_image(batch.image, generator))
-
-def augment_speech(speech, lengths, generator):
-    "Speech (B, T, F): tempo 0.9 to 1.1, up to a tenth hidden behind the mean, faint noise, all on valid frames only; and the new lengths (B,)."
-    row, last = torch.arange(len(speech))[:, None], lengths[:, None] - 1             # (B, 1)
-    tempo, start, share = torch.rand(3, len(speech), generator=generator)            # (B,) each
-    new = (lengths * (0.9 + 0.2 * tempo)).round().long().clamp(min=1); steps = torch.arange(int(new.max()))  # (B,) frames after stretching; (T',)
-    source = ((steps + 0.5) * (lengths / new)[:, None] - 0.5).clamp(min=0).minimum(last.float())  # (B, T') where it comes from
-    before, valid = source.long(), (steps < new[:, None])[..., None]                 # (B, T') never from the padding; (B, T', 1)
-    speech = torch.lerp(speech[row, before], speech[row, (before + 1).minimum(last)], source.frac()[..., None])  # (B, T', F)
-    average = lambda x: (x * valid).sum(1, keepdim=True) / new[:, None, None]        # (B, T', F) -> (B, 1, F) of the valid frames
-    mean = average(speech); spread = average((speech - mean).square()).sqrt()
-    width = (share * 0.1 * new)[:, None]; first = start[:, None] * (new[:, None] - width)              # (B, 1)
-    speech = torch.where(((steps >= first) & (steps < first + width))[..., None], mean, speech)
-    return (speech + 0.1 * spread * (torch.rand(speech.shape, generator=generator) - 0.5)).masked_fill(~valid, 0.), new
-
-def augment_image(image, generator):
-    "Features (B, P, C): a tenth of the patches blanked, faint noise. Pixels (B, 3, H, W): brightness, and a shift of at most 4 %."
-    if image.dim() == 3:
-        mean = image.mean(1, keepdim=True); spread = (image - mean).square().mean(1, keepdim=True).sqrt()  # (B, 1, C) several times quicker than .std(1)
-        blank = torch.rand(image.shape[:2], generator=generator)[..., None] < 0.1    # (B, P, 1)
-        return torch.where(blank, mean, image) + 0.1 * spread * (torch.rand(image.shape, generator=generator) - 0.5)
-    (height, width), most = image.shape[-2:], round(0.04 * image.shape[-2])
-    down, right = torch.randint(2 * most + 1, (2, len(image)), generator=generator).tolist()
-    light = 1 + 0.3 * (torch.rand(len(image), 1, 1, 1, generator=generator) - 0.5)   # (B, 1, 1, 1)
-    padded = F.pad(image, (most,) * 4, mode="replicate")                             # (B, 3, H + 2 most, W + 2 most) edges repeat
-    return (torch.stack([one[:, y:y + height, x:x + width] for one, y, x in zip(padded, down, right)]) * light).clamp(0, 1)

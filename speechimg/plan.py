@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .alignment import Alignment, encode, gather, prepared
 from .core import InputError, data_dir, default_device, memory_limit, read_json
-from .data import SAMPLE_RATE, Batch, augment
+from .batching import augment
+from .data import SAMPLE_RATE, Batch
 from .distillation import soft_targets
 from .model import SpeechImageModel, build_towers
 from .sic import sic_loss, similarity_logits
@@ -151,7 +152,7 @@ def profile_step(config, pairs, seconds):  # Config, B, length of every recordin
         "shapes": shapes(model, seconds), "batch": size(given), "saved": saved, "peak": live.peak, "flops": counter.get_total_flops()}
 
 # %% ../nbs/13c_plan.ipynb #a7bbfd3a
-STRETCH = 1.1  # the slowest tempo that data.augment gives a recording
+STRETCH = 1.1  # the slowest tempo that batching.augment gives a recording
 SHARE = 0.9  # of a GPU's memory that a plan fills: the rest is for CUDA itself, buffers inside operations, holes between tensors
 SPEED = {"bfloat16": 100., "float32": 10.}  # 10^12 operations per second really done, an assumption for a large GPU; small batches and slow disks lower it
 PER_PICTURE = 5  # recordings per picture, as in Flickr8k and SpokenCOCO

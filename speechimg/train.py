@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .alignment import Alignment, encode
 from .core import InputError, atomic_write, default_device, seed_everything, write_json
 from .corpora import find, load_corpus, splits
-from .data import augment, collate, epoch_batches, sha256
+from .batching import augment, epoch_batches
+from .data import collate, sha256
 from .distributed import average, processes, row_counts, sum_over_all, world, zero_first
 from .hubert import rate_factors
 from .model import SpeechImageModel, build_towers

@@ -68,7 +68,7 @@ def test_what_a_manifest_says_is_what_is_loaded(place):
 
 
 def test_pictures_of_one_meaning_share_an_id_and_are_never_negatives(place):
-    from speechimg.data import epoch_batches
+    from speechimg.batching import epoch_batches
     from speechimg.mining import negative_probabilities
     from speechimg.sic import id_targets
 

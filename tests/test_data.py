@@ -21,7 +21,8 @@ from test_core import ROOT, complaint
 from speechimg import data
 from speechimg.corpora import load_corpus
 from speechimg.core import memory_limit
-from speechimg.data import Batch, FeatureCache, Features, augment, collate, decode_audio, decode_image, epoch_batches, sha256, speech_mask
+from speechimg.batching import augment, epoch_batches
+from speechimg.data import Batch, FeatureCache, Features, collate, decode_audio, decode_image, sha256, speech_mask
 
 
 def generator(seed=0):

@@ -9,7 +9,7 @@ import torch
 
 from speechimg import plan as room
 from speechimg.core import Config, InputError, write_json
-from speechimg.data import augment_speech
+from speechimg.batching import augment_speech
 from speechimg.plan import Live, amount, assumed, measure, plan, profile_step, report
 
 SMALL = dict(width=32, dim=16, heads=2, speech_depth=1, image_depth=1, fusion_depth=1, max_seconds=2.0, queue_size=64)

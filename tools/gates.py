@@ -28,7 +28,7 @@ from notebooks import ROOT, body, directives, source
 FLOORS = [
     {"core"},
     {"attention"},
-    {"data", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub"},
+    {"data", "batching", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub"},
     {"model"},
     {"alignment", "retrieval"},
     {"runs"},
@@ -37,6 +37,7 @@ FLOORS = [
 ]
 NEIGHBOURS = {  # the allowed looks sideways
     "layouts": {"store"},
+    "batching": {"data"},
     "corpora": {"data", "store", "layouts"},
     "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
     "pretrained": {"speech", "image"},  # the same, and the white square of 04
