@@ -17,7 +17,7 @@ from .attention import Encoded
 from .distributed import all_rows, all_rows_with_gradient, average, longest, row_counts, sum_over_all, world
 from .distillation import alpha_ramp, soft_targets
 from .mining import sample_negatives
-from .queue import EmbeddingQueue, make_teacher, update_momentum
+from .queue import EmbeddingQueue, half_precision, make_teacher, update_momentum
 from .sic import clamp_temperature, id_targets, sic_loss, similarity_logits
 from .sim import sim_loss
 
@@ -41,7 +41,7 @@ class StepOutput:
     alpha: float                   # share of the teacher in the targets
     speech_to_image: torch.Tensor  # (B, W+K) logits over the W pairs of all processes and the queue
     image_to_speech: torch.Tensor  # (B, W+K)
-    sim_logits: torch.Tensor       # (B + negatives, 2): positives, wrong pictures, wrong recordings
+    sim_logits: torch.Tensor       # (n, 2): B right pairs (2B with negatives from the queue), wrong pictures, wrong recordings
     keys: Keys                     # for update
     coarse_accuracy: float         # share of recordings nearest to their own picture within the batch
     sim_accuracy: float            # share of pairs judged rightly; always "no" gives 2/3
@@ -95,20 +95,21 @@ class Alignment(nn.Module):
         sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
         keys = Keys(new_speech.detach(), new_image.detach(), ids)
         if config.token_slots: keys = Keys(*keys[:3], *(all_rows(one, counts) for one in same_length(slow_speech)), all_rows(slow_image.tokens, counts))
-        sim, sim_logits = sic.loss.new_zeros(()), sic.loss.new_zeros(0, 2)
-        if step >= config.sim_start_step and config.sim_weight > 0: sim, sim_logits = self.match_loss(speech, image, sic, ids, counts, step, generator)
+        sim, sim_logits, right = sic.loss.new_zeros(()), sic.loss.new_zeros(0, 2), 0
+        if step >= config.sim_start_step and config.sim_weight > 0:
+            sim, sim_logits, right = self.match_loss((speech, image), (slow_speech, slow_image), sic, ids, counts, step, generator)
         coarse = sic.loss * (len(batch.ids) * len(counts) / len(ids))                            # 1, unless the processes have unequal parts
         columns = sic.speech_to_image[:, :len(ids)].argmax(-1)
-        yes = sim_logits.argmax(-1) == (torch.arange(len(sim_logits), device=sim.device) < len(batch.ids))
+        yes = sim_logits.argmax(-1) == (torch.arange(len(sim_logits), device=sim.device) < right)
         return StepOutput(coarse + config.sim_weight * sim, coarse.detach(), sim.detach(), alpha, sic.speech_to_image, sic.image_to_speech, sim_logits,
                           keys, float((ids[columns] == batch.ids).float().mean()), float(yes.float().mean()) if len(yes) else 0.)
 
     def autocast(self, device):  # half precision for towers and fusion only; every loss is float32
         return torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def match_loss(self, speech, image, sic, ids, counts, step, generator):  # two Embedded and SicOutput of my pairs; ids (W,) and pairs of all processes
-        "Hard negatives of both directions, all pairs fused in one call -> (loss, logits)."
-        config, mine, size = self.config, world().rank, len(speech.tokens)
+    def match_loss(self, online, slow, sic, ids, counts, step, generator):  # my pairs as student and teacher see them, two Embedded each; SicOutput; ids (W,) and pairs of all processes
+        "Hard negatives of both directions, all pairs fused in one call -> (loss, logits, how many of them are right pairs)."
+        (speech, image), config, mine, size = online, self.config, world().rank, len(online[0].tokens)
         memory = self.queue.tokens() if config.negatives == "queue" and step >= config.queue_warmup_steps else {"ids": ()}
         if len(memory["ids"]):  # the teacher's tokens
             other_speech, other_image, key_ids = Encoded(memory["speech_tokens"], memory["speech_mask"]), memory["image_tokens"], memory["ids"]
@@ -123,16 +124,20 @@ class Alignment(nn.Module):
         wrong_image, wrong_speech = draw(to_image), draw(to_speech)                                # (B, count), -1 = none; everybody draws for all, alike
         speech_anchor, wrong_image = (wrong_image >= 0).nonzero()[:, 0], wrong_image[wrong_image >= 0]
         image_anchor, wrong_speech = (wrong_speech >= 0).nonzero()[:, 0], wrong_speech[wrong_speech >= 0]
-        heard, seen = (speech.tokens, speech.mask), image.tokens                                     # each recording and picture once
-        spoken, shown = wrong_speech, wrong_image                                                    # rows of the wrong ones in these
-        if len(memory["ids"]) or world().size > 1:                                                   # they come from elsewhere: below the others
-            heard = [gather([(mine, own), (other, wrong_speech)]) for mine, other in zip(speech, other_speech)]
-            seen = gather([(image.tokens, own), (other_image, wrong_image)])
-            spoken, shown = (size + torch.arange(len(rows), device=ids.device) for rows in (wrong_speech, wrong_image))
-        pairs = torch.cat([own, speech_anchor, spoken]), torch.cat([own, shown, image_anchor])       # right pairs, wrong pictures, wrong recordings
-        with self.autocast(ids.device): logits = self.model.match(*heard, seen, pairs)
+        heard, seen, right = [(speech, own)], [(image.tokens, own)], (own, own)                      # each recording and picture once; which of them are right pairs
+        spoken, shown = wrong_speech, wrong_image                                                    # rows of the wrong ones
+        if len(memory["ids"]):                                                                       # a right pair has one side of the teacher's as well, as coarse as in the queue
+            heard.append((Encoded(half_precision(slow[0].tokens), slow[0].mask), own)); seen.append((half_precision(slow[1].tokens), own))
+            right = torch.cat([own, size + own]), torch.cat([size + own, own])                       # (2B,)
+        if len(memory["ids"]) or world().size > 1:                                                   # the wrong ones come from elsewhere: below the others
+            heard.append((other_speech, wrong_speech)); seen.append((other_image, wrong_image))
+            spoken, shown = (len(right[0]) + torch.arange(len(rows), device=ids.device) for rows in (wrong_speech, wrong_image))
+        tokens, mask, pictures = speech.tokens, speech.mask, image.tokens
+        if len(heard) > 1: tokens, mask, pictures = gather((one.tokens, rows) for one, rows in heard), gather((one.mask, rows) for one, rows in heard), gather(seen)
+        pairs = torch.cat([right[0], speech_anchor, spoken]), torch.cat([right[1], shown, image_anchor])  # right pairs, wrong pictures, wrong recordings
+        with self.autocast(ids.device): logits = self.model.match(tokens, mask, pictures, pairs)
         share = len(logits) * len(counts) / sum_over_all(len(logits), logits.device)                      # 1, unless the processes have unequally many pairs
-        return share * sim_loss(*logits.split([size, len(wrong_image), len(wrong_speech)])), logits  # (B + n + n', 2)
+        return share * sim_loss(*logits.split([len(right[0]), len(wrong_image), len(wrong_speech)])), logits, len(right[0])
 
     def update(self, *outputs):  # StepOutput of this step; several when gradients were accumulated over micro-batches
         "After the optimiser step: the teacher follows once, the keys enter the queue once. Raises RuntimeError outside training."

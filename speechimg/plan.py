@@ -25,6 +25,7 @@ from .batching import augment
 from .data import SAMPLE_RATE, Batch
 from .distillation import soft_targets
 from .model import SpeechImageModel, build_towers
+from .queue import half_precision
 from .sic import sic_loss, similarity_logits
 from .sim import sim_loss
 
@@ -86,18 +87,18 @@ def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
     with torch.no_grad(), half: slow_speech, slow_image = encode(alignment.teacher, batch)
     old_speech, old_image = queue.speech.clone(), queue.image.clone()                            # a full queue; the step, too, works on copies
     speech_keys, image_keys = torch.cat([slow_speech.embedding, old_speech]), torch.cat([slow_image.embedding, old_image])  # (B+K, d)
-    targets = torch.ones(size, len(speech_keys)) / len(speech_keys)                              # (B, B+K)
-    temperature = model.temperature.detach()
+    targets, temperature = torch.ones(size, len(speech_keys)) / len(speech_keys), model.temperature.detach()  # (B, B+K)
     both = (soft_targets(similarity_logits(slow_speech.embedding, image_keys, temperature), targets, config.alpha),
             soft_targets(similarity_logits(slow_image.embedding, speech_keys, temperature), targets, config.alpha))
     sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
     own, anchor, memory = torch.arange(size), torch.arange(size).repeat_interleave(config.negatives_per_anchor), queue.memory
-    heard, seen, wrong = (speech.tokens, speech.mask), image.tokens, anchor
+    heard, seen, wrong, right = (speech.tokens, speech.mask), image.tokens, anchor, (own, own)
     if config.negatives == "queue":
-        heard = [gather([(mine, own), (other.clone(), anchor)]) for mine, other in zip(speech, (memory.speech, memory.mask))]
-        seen, wrong = gather([(image.tokens, own), (memory.image.clone(), anchor)]), size + torch.arange(len(anchor))
-    with half: logits = model.match(*heard, seen, (torch.cat([own, anchor, wrong]), torch.cat([own, wrong, anchor])))
-    return sic.loss + sim_loss(*logits.split([size, len(anchor), len(anchor)]))
+        heard = [gather([(mine, own), (half_precision(slow) if slow.is_floating_point() else slow, own), (other.clone(), anchor)]) for mine, slow, other in zip(speech, slow_speech, (memory.speech, memory.mask))]
+        seen = gather([(image.tokens, own), (half_precision(slow_image.tokens), own), (memory.image.clone(), anchor)])
+        wrong, right = 2 * size + torch.arange(len(anchor)), (torch.cat([own, size + own]), torch.cat([size + own, own]))
+    with half: logits = model.match(*heard, seen, (torch.cat([right[0], anchor, wrong]), torch.cat([right[1], wrong, anchor])))
+    return sic.loss + sim_loss(*logits.split([len(right[0]), len(anchor), len(anchor)]))
 
 # %% ../nbs/13c_plan.ipynb #89d96529
 def empty_towers(config):  # Config
@@ -200,8 +201,7 @@ def report(result):  # from plan; the figures as lines to read
         ("steps per epoch", f"{result['steps_per_epoch']:,} of {result['pairs']:,} pairs; {result['steps']:,} steps are {result['epochs']:.1f} epochs"),
         ("throughput", f"{f'{speed:,.0f}' if speed > 99 else f'{speed:.2g}'} pairs/s and {result['batch_size'] / speed:.2g} s per step in one process"),
         ("time", f"{result['hours']:.2g} hours, if {result['tflops']:g} TFLOP/s are really reached (an assumption; {result['precision']}) and reading keeps up"),
-        ("cache on disk", f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures "
-                          f"({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)"),
+        ("cache on disk", f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures ({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)"),
         ("memory of the machine", f"{amount(min(disk['recordings'] + disk['pictures'], memory_limit()))} of features per process; what is above the limit (SPEECHIMG_MEMORY, in GB) is read from the disk again and again")]
     if disk["recordings"] > 1e11: lines.append(("", "that is a large disk: speech_layers last keeps one layer instead of all; cache_towers false keeps none and computes them each time"))
     if result.get("assumed"): lines.append(("assumed in the config", ", ".join(result["assumed"])))

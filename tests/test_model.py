@@ -445,13 +445,34 @@ def test_negatives_from_the_queue():
         drawn.append(key_ids.tolist())
         return right(logits, ids, generator, key_ids, *options)
     with patched("sample_negatives", spy):
-        for step, ids in enumerate(([1, 2, 3, 4], [5, 6, 7, 8], [6, 9, 10, 11])):
+        for step, (ids, pairs) in enumerate((([1, 2, 3, 4], 12), ([5, 6, 7, 8], 12), ([6, 9, 10, 11], 16))):  # from the queue: 2 x 4 right, 2 x 4 wrong
             output = alignment(batch_of(ids, seed=step, frames=3 + step), step, torch.Generator().manual_seed(0))
-            assert output.sim_logits.shape == (12, 2) and output.loss.isfinite()
+            assert output.sim_logits.shape == (pairs, 2) and output.loss.isfinite()
             output.loss.backward()
             alignment.update(output)
     assert [sorted(ids) for ids in drawn[::2]] == [[1, 2, 3, 4], [5, 6, 7, 8], [6, 7, 8]]
     assert alignment.queue.tokens()["speech_tokens"].dtype == torch.float16
+
+
+def test_whose_tokens_they_are_does_not_give_the_answer_away():
+    "With negatives from the queue each pair, right or wrong, has one side of the student's and one of the teacher's, equally often either way round."
+    alignment, seen = make(negatives="queue", token_slots=4, queue_size=6), []
+    alignment.update(alignment(batch_of([1, 2, 3, 4], seed=1), 0))
+    for parameter in alignment.teacher.parameters(): parameter.add_(0.5)                          # so that one can tell whose tokens they are
+    match = alignment.model.match
+    alignment.model.match = lambda speech, mask, image, pairs: seen.append((speech[pairs[0]], image[pairs[1]])) or match(speech, mask, image, pairs)
+    batch = batch_of([6, 7, 8], seed=2)
+    output = alignment(batch, 1, torch.Generator().manual_seed(0))
+    with torch.no_grad(): student = encode(alignment.model, batch)
+    spoken, shown = seen[0]
+    is_of = lambda tokens, one: torch.tensor([any(torch.equal(row[: len(other)], other) for other in one) for row in tokens])
+    online = is_of(spoken, student[0].tokens), is_of(shown, student[1].tokens)
+    assert (online[0] != online[1]).all() and output.sim_logits.shape == (12, 2)
+    assert online[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3              # right, right, wrong picture, wrong recording
+    confident = torch.tensor([[0.0, 1.0]] * 6 + [[1.0, 0.0]] * 6)
+    alignment.model.match = lambda *_: confident
+    judged = alignment(batch, 1, torch.Generator().manual_seed(0))
+    assert judged.sim_accuracy == 1 and abs(judged.sim.item() - math.log(1 + math.exp(-1))) < 1e-6
 
 
 def test_gather_pads_and_converts():
