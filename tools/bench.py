@@ -286,11 +286,11 @@ def start(quick):
     names = sorted(path.stem for path in (ROOT / "speechimg").glob("*.py") if not path.stem.startswith("_"))
     timed = "import sys, time, torch; b = time.perf_counter(); [__import__(n) for n in sys.argv[1:]]; print(time.perf_counter() - b)"
     python = lambda *arguments: subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, env=environment(ROOT)).stdout
-    imports = lambda modules: median(float(python("-c", timed, *modules)) for _ in range(1 if quick else 5))
+    imports = lambda modules: min(float(python("-c", timed, *modules)) for _ in range(1 if quick else 5))  # whatever disturbs makes it longer
     python("-c", timed, "speechimg")                                     # from here on compiled
     package, main = imports(["speechimg"]), imports(["speechimg.train", "speechimg.retrieval"])
     every = imports([f"speechimg.{name}" for name in names])
-    told, = in_turn(1 if quick else 5, lambda: python("-m", "speechimg.cli", "--help"))
+    told = min(seconds(lambda: python("-m", "speechimg.cli", "--help")) for _ in range(1 if quick else 5))
     return {"figures": {
         "import speechimg, beyond torch": figure(package, "s", "under 0.3 s", package < 0.3),
         "import speechimg.train and speechimg.retrieval, beyond torch": figure(main, "s", "under 0.3 s", main < 0.3),
