@@ -128,7 +128,7 @@ def two_stages(model, embeddings, k=16, direction="speech_to_image"):  # as abov
     coarse = embeddings.speech @ embeddings.image.T                                              # (n, d) x (d, m), cosines
     if direction == "image_to_speech": coarse = coarse.T
     scaled, mode = (coarse / model.temperature.item(), "sum") if model.config.score_mode == "logits" else (coarse, model.config.score_mode)
-    return coarse, rerank(scaled, pair_scorer(model, embeddings, direction), k, mode)
+    return coarse, rerank(scaled, pair_scorer(model, embeddings, direction), k, mode, 2**17)          # the more pairs at a time, the more is shared
 
 # %% ../nbs/12_retrieval.ipynb #2cd0efdf
 def swap_trials(probe, corpus, features):  # list from corpora.load_probe, the split it is about, its data.Features
