@@ -75,21 +75,22 @@ def test_kills_after_the_work_do_not_count(tmp_path):
     assert found["count"] == 4 or f"only {found['count']} of 4" in found["failures"][0]
 
 
-WRITES_ONCE = """
+WRITES = """
 import os, sys, time
 from pathlib import Path
 path = Path(sys.argv[1])
-time.sleep(0.5)
-(path / ".numbers.tmp").write_text("1")
-time.sleep(0.1)
-os.replace(path / ".numbers.tmp", path / "numbers")
-time.sleep(0.5)
+for number in range(12):
+    time.sleep(0.1)
+    half = path / f".numbers.{os.getpid()}.tmp"
+    half.write_text(str(number))
+    time.sleep(0.05)
+    os.replace(half, path / "numbers")
 (path / "done").write_text("")
 """
 
 
 def test_every_third_kill_waits_for_a_file_that_is_being_written(tmp_path):
-    found = soak.kills("toy", lambda folder, again: ["-c", WRITES_ONCE, folder], lambda folder: {"numbers": (folder / "numbers").read_text()}, "done", 6, tmp_path, random.Random(0))
+    found = soak.kills("toy", lambda folder, again: ["-c", WRITES, folder], lambda folder: {"numbers": (folder / "numbers").read_text()}, "done", 6, tmp_path, random.Random(0))
     assert found["failures"] == [] and found["moments"]["while a checkpoint or a result was written"] >= 2
 
 

@@ -183,7 +183,7 @@ def kills(what, command, result, finished, count, work, rng):
             if done == count: break
             before, aimed, tries = half_written(folder), tries % 3 == 1, tries + 1
             writing = lambda: half_written(folder) - before  # noqa: E731
-            outcome = child(command(folder, again), folder / "cache", kill_after=rng.uniform(0, life), aim=writing if aimed else None)
+            outcome = child(command(folder, again), folder / "cache", kill_after=rng.uniform(0, 0.6 * life if again or aimed else life), aim=writing if aimed else None)
             again = True
             if not outcome.killed: break                       # it was done before
             struck = stage(folder, finished, before)
