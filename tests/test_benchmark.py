@@ -15,7 +15,7 @@ from speechimg.benchmark import FineModel, corpus_task, for_mteb, quiet, run_mte
 from speechimg.core import Config, InputError
 from speechimg.corpora import Corpus, load_corpus
 from speechimg.model import SpeechImageModel
-from speechimg.retrieval import evaluate, load_features
+from speechimg.retrieval import evaluate, load_features, load_model
 
 WAYS = {"a2i": "speech_to_image", "i2a": "image_to_speech"}
 
@@ -65,6 +65,24 @@ def test_their_figures_are_ours(corpus, direction, score_mode, rerank):
     model = make(score_mode)
     expected = ours(model, corpus, direction, rerank)
     assert hits(model, corpus, direction, rerank) == expected and 0 < expected[1] < 100
+
+
+def shipped(name):
+    "Of scenes 200 recordings of the validation split and all pictures they show; of stamps all that is English."
+    whole = load_corpus(name, "val" if name == "scenes" else "all")
+    return whole.subset(range(200) if name == "scenes" else [row for row, caption in enumerate(whole.captions) if caption.language == "en"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scenes", "stamps"])
+def test_the_reference_model_has_the_same_figures_everywhere(name):
+    "Both corpora that ship with the project, both directions, coarse and fine, to the digit."
+    model, corpus = load_model("reference"), shipped(name)
+    found = evaluate(model, load_features(model, corpus), 16)
+    for direction, way in WAYS.items():
+        for rerank, stage in ((0, "coarse"), (16, "fine")):
+            assert hits(model, corpus, direction, rerank) == [found[stage][way][k] for k in ("1", "5", "10")], (name, direction, stage)
+    assert found["coarse"] != found["fine"]
 
 
 def test_mistakes_show(corpus, monkeypatch):

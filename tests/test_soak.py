@@ -59,6 +59,50 @@ def test_kills_find_a_program_that_does_things_twice(program, right, tmp_path):
     assert found["count"] == 4 and (found["failures"] == []) == right
 
 
+QUICK_THEN_IDLE = """
+import sys, time
+from pathlib import Path
+(Path(sys.argv[1]) / "numbers").write_text("1")
+(Path(sys.argv[1]) / "done").write_text("")
+time.sleep(2)
+"""
+
+
+def test_kills_after_the_work_do_not_count(tmp_path):
+    "Nearly all of this program's life is idle: the kills come too late, and the report says so instead of counting them."
+    found = soak.kills("idle", lambda folder, again: ["-c", QUICK_THEN_IDLE, folder], lambda folder: {"numbers": (folder / "numbers").read_text()}, "done", 4, tmp_path, random.Random(1))
+    assert found["late"] > 0 and soak.LATE not in found["moments"] and sum(found["moments"].values()) == found["count"]
+    assert found["count"] == 4 or f"only {found['count']} of 4" in found["failures"][0]
+
+
+WRITES = """
+import os, sys, time
+from pathlib import Path
+path = Path(sys.argv[1])
+for number in range(12):
+    time.sleep(0.1)
+    half = path / f".numbers.{os.getpid()}.tmp"
+    half.write_text(str(number))
+    time.sleep(0.05)
+    os.replace(half, path / "numbers")
+(path / "done").write_text("")
+"""
+
+
+def test_every_third_kill_waits_for_a_file_that_is_being_written(tmp_path):
+    found = soak.kills("toy", lambda folder, again: ["-c", WRITES, folder], lambda folder: {"numbers": (folder / "numbers").read_text()}, "done", 6, tmp_path, random.Random(0))
+    assert found["failures"] == [] and found["moments"]["while a checkpoint or a result was written"] >= 2
+
+
+def test_a_log_that_is_written_anew_is_noticed(tmp_path):
+    "The rows that prove a resume: cut at the step, clock included, nothing where there is no log."
+    assert soak.rows(tmp_path, 3) == []
+    (tmp_path / "log.csv").write_text("step,seconds\n1,0.5\n2,0.7\n3,0.9\n")
+    before = soak.rows(tmp_path, 2)
+    (tmp_path / "log.csv").write_text("step,seconds\n1,0.5\n2,0.8\n3,0.9\n")
+    assert before == [b"1,0.5\n", b"2,0.7\n"] and soak.rows(tmp_path, 2) != before and soak.rows(tmp_path, 1) == before[:1]
+
+
 @pytest.mark.parametrize("program, wrong", [
     ("", None), ("import sys; sys.exit('speechimg: no') ", None), ("import os; os.abort()", "signal 6"), ("1/0", "traceback"),
     ("import sys; print('speechimg: unexpected Error', file=sys.stderr); sys.exit(1)", "unexpected"), ("import sys; sys.exit(3)", "exit code 3"),
@@ -83,7 +127,12 @@ def test_mutations_are_the_same_every_time():
 
 def test_the_committed_report_passed(root):
     report = json.loads((root / "data" / "soak.json").read_text())
-    assert report["passed"] and set(report["experiments"]) == set(soak.EXPERIMENTS)
+    assert report["passed"] and set(report["experiments"]) == set(soak.EXPERIMENTS) and report["seconds"] < 1800
+    kills = report["experiments"]["kills"]
+    assert all(sum(moments.values()) == kills["counts"][f"kills of {what}"] and soak.LATE not in moments for what, moments in kills["moments"].items())
+    assert sum(kills["moments"]["training"].values()) == 20 and sum(moments.get("while a checkpoint or a result was written", 0) for moments in kills["moments"].values()) >= 3
+    disk = report["experiments"]["disk"]
+    assert disk.get("skipped") or disk["counts"]["resumed from one"] >= 3
     assert (root / "data" / "soak.md").read_text() == soak.table(report)
 
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ import soak_files as files
 ROOT, SEED = Path(__file__).resolve().parent.parent, 0
 MEMORY, FILE_SECONDS = 2048, 20  # MiB that no process may exceed; seconds that no file may take
 SPACE = 8 * 2**30  # address space of a child that is given hostile files: what asks for more is refused by the kernel
-TINY = {"width": 16, "dim": 8, "heads": 2, "fusion_depth": 1, "speech_depth": 1, "image_depth": 1, "batch_size": 4, "steps": 40, "queue_size": 9, "queue_warmup_steps": 3,
+TINY = {"width": 16, "dim": 8, "heads": 2, "fusion_depth": 1, "speech_depth": 1, "image_depth": 1, "batch_size": 4, "steps": 28, "queue_size": 9, "queue_warmup_steps": 3,
         "alpha_ramp_steps": 6, "warmup_steps": 2, "checkpoint_every": 4, "evaluate_every": 12, "learning_rate": 0.003, "negatives": "queue", "token_slots": 5,
         "sim_start_step": 2, "dropout": 0.1, "siblings": 0.5}
 
@@ -58,8 +59,8 @@ def high_water(pid="self"):
     return max([int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")], default=0.0)
 
 
-def child(arguments, cache, kill_after=None, limit=300, space=None):
-    "Run, or run and SIGKILL after so many seconds: .code .out .err .seconds .peak (MiB) .killed"
+def child(arguments, cache, kill_after=None, limit=300, space=None, aim=None):
+    "Run, or run and SIGKILL after so many seconds, with `aim` as soon after that as aim() says: .code .out .err .seconds .peak (MiB) .killed"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.monotonic()
         process = start(arguments, cache, stdout=out, stderr=err)
@@ -70,11 +71,11 @@ def child(arguments, cache, kill_after=None, limit=300, space=None):
                 peak = max(peak, high_water(process.pid))
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 if pid: break
-                if time.monotonic() >= until:
+                if (late := time.monotonic() >= until) and (kill_after is None or aim is None or aim()):
                     os.killpg(process.pid, signal.SIGKILL)
                     pid, status, usage = os.wait4(process.pid, 0)
                     break
-                time.sleep(0.005)
+                time.sleep(0.001 if aim and late else 0.005)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
@@ -149,46 +150,57 @@ def differences(one, other): return [name for name in {**one, **other} if one.ge
 # Experiment 1: kills
 
 
-def stage(out, cache, done):
-    "Where a kill struck, seen from what lies there."
-    if done.exists(): return "after the result was written"
-    if out.exists() and any(path.name.startswith(".") for path in out.iterdir()): return "while a file or checkpoint was written"
+def half_written(folder):
+    "Files and folders that are not finished: what is being written, or what a kill left."
+    return {Path(root) / name for root, folders, names in os.walk(folder) for name in (*folders, *names) if name.startswith(".") and name.endswith(".tmp")}
+
+
+def stage(folder, finished, before):
+    "Where a kill struck, seen from what lies there and was not there before."
+    out, cache, new = folder / "out", folder / "cache", half_written(folder) - before
+    if (folder / finished).exists(): return LATE
+    if new: return "while a feature was written" if all(cache in path.parents for path in new) else "while a checkpoint or a result was written"
     if out.is_dir() and any(out.glob("checkpoint-*")): return "in training, after a checkpoint"
     if out.is_dir() and (out / "log.csv").exists(): return "in training, before the first checkpoint"
-    return "while features were computed" if cached_count(cache) else "while starting"
+    return "while features were computed" if any(path.is_file() for path in cache.rglob("*")) else "while starting"
 
 
-def cached_count(cache): return sum(1 for path in Path(cache).rglob("*") if path.is_file())
+LATE = "after the result was written"  # nothing was left to be interrupted: such a kill does not count
 
 
 def kills(what, command, result, finished, count, work, rng):
-    "Kill the command at `count` random moments of its life, each time start it again, compare every result with an undisturbed one."
-    if not count: return {"count": 0, "moments": {}, "failures": []}
+    "Kill the command at `count` random moments of its work, every third time at the next file that is being written; each time start it again, compare every result with an undisturbed one."
+    if not count: return {"count": 0, "late": 0, "moments": {}, "failures": []}
     whole = work / f"{what}-whole"
     whole.mkdir(parents=True)
     outcome = child(command(whole, False), whole / "cache")
-    if outcome.code: return {"count": 0, "moments": {}, "failures": [f"the undisturbed run failed: {outcome.err[-300:]}"]}
-    expected, life, done, rounds, moments, failures = result(whole), outcome.seconds, 0, 0, Counter(), []
-    while done < count:
+    if outcome.code: return {"count": 0, "late": 0, "moments": {}, "failures": [f"the undisturbed run failed: {outcome.err[-300:]}"]}
+    expected, life, tries, done, late, rounds, moments, failures = result(whole), outcome.seconds, 0, 0, 0, 0, Counter(), []
+    while done < count and rounds < 3 * count:
         folder, rounds, again = work / f"{what}-{rounds}", rounds + 1, False
         folder.mkdir()
-        for _ in range(4):                                     # up to four kills of the same run, then it may end
+        for _ in range(5):                                     # up to five kills of the same run, then it may end
             if done == count: break
-            outcome = child(command(folder, again), folder / "cache", kill_after=rng.uniform(0, life))
+            before, aimed, tries = half_written(folder), tries % 3 == 1, tries + 1
+            writing = lambda: half_written(folder) - before  # noqa: E731
+            outcome = child(command(folder, again), folder / "cache", kill_after=rng.uniform(0, 0.6 * life if again or aimed else life), aim=writing if aimed else None)
             again = True
             if not outcome.killed: break                       # it was done before
+            struck = stage(folder, finished, before)
+            if struck == LATE: late += 1; break
             done += 1
-            moments[stage(folder / "out", folder / "cache", folder / finished)] += 1
+            moments[struck] += 1
         outcome = child(command(folder, again), folder / "cache")
         if outcome.code: failures.append(f"{what}, run {rounds}: exit code {outcome.code}: {outcome.err[-300:]}")
         elif wrong := differences(result(folder), expected): failures.append(f"{what}, run {rounds}: {', '.join(wrong)} differ from the undisturbed run")
         shutil.rmtree(folder)
-    return {"count": done, "runs": rounds, "moments": dict(moments), "failures": failures}
+    if done < count: failures.append(f"{what}: only {done} of {count} kills struck while it worked")
+    return {"count": done, "late": late, "runs": rounds, "moments": dict(moments), "failures": failures}
 
 
 def killed(bench):
-    "Kills at random moments of training, indexing and evaluation; every run ends with the bits of an undisturbed one"
-    count, fewer, rng = 3 if bench.quick else 20, 0 if bench.quick else 10, random.Random(SEED)
+    "Kills at random moments of training, indexing and evaluation, every third while a file is written; every run ends with the bits of an undisturbed one"
+    count, fewer = 3 if bench.quick else 20, 0 if bench.quick else 6
     train = lambda folder, again: cli("train", "--corpus", bench.corpus, "--config", bench.config, "--out", folder / "out", "--limit", 16, *(["--resume"] if again else []))  # noqa: E731
     index = lambda folder, _: own("index", bench.corpus, folder / "index.safetensors")  # noqa: E731
     judge = lambda folder, _: cli("evaluate", "--model", "reference", "--corpus", bench.corpus, "--json", folder / "result.json")  # noqa: E731
@@ -196,11 +208,12 @@ def killed(bench):
     def of_judging(folder):
         found = json.loads((folder / "result.json").read_text())
         return {name: value for name, value in found.items() if name != "seconds"} | {"features": cached(folder / "cache")}
-    parts = {"training": kills("training", train, lambda folder: of_training(folder / "out", folder / "cache"), "out/metrics.json", count, bench.work, rng),
-             "indexing": kills("indexing", index, lambda folder: {"embeddings and hits": digest(folder / "index.safetensors"), "features": cached(folder / "cache")}, "index.safetensors", fewer, bench.work, rng),
-             "evaluation": kills("evaluation", judge, of_judging, "result.json", fewer, bench.work, rng)}
-    return {"counts": {f"kills of {what}": one["count"] for what, one in parts.items()}, "moments": {what: one["moments"] for what, one in parts.items()},
-            "failures": [line for one in parts.values() for line in one["failures"]]}
+    results = {"training": (train, lambda folder: of_training(folder / "out", folder / "cache"), "out/metrics.json", count), "evaluation": (judge, of_judging, "result.json", fewer),
+               "indexing": (index, lambda folder: {"embeddings and hits": digest(folder / "index.safetensors"), "features": cached(folder / "cache")}, "index.safetensors", fewer)}
+    with ThreadPoolExecutor(2) as pool:                                     # the long one beside the two short ones
+        parts = dict(zip(results, pool.map(lambda what: kills(what, *results[what], bench.work, random.Random(f"{SEED} {what}")), results)))
+    return {"counts": {f"kills of {what}": one["count"] for what, one in parts.items()} | {"more that came too late to count": sum(one["late"] for one in parts.values())},
+            "moments": {what: one["moments"] for what, one in parts.items()}, "failures": [line for one in parts.values() for line in one["failures"]]}
 
 
 # Experiment 2: a full disk
@@ -216,12 +229,18 @@ def small_disk(folder, size):
     finally: subprocess.run(["umount", str(folder)], check=True)
 
 
+def rows(out, step):
+    "The bytes of the log up to a step. A step that is made again takes other seconds, so only a row that was kept is the same."
+    path = out / "log.csv"
+    return path.read_bytes().splitlines(keepends=True)[1 : step + 1] if path.exists() else []
+
+
 def full_disk(bench):
-    "The disk fills up while a checkpoint is written: one clear line, the older checkpoint intact, the same bits once there is room"
+    "The disk fills up while a checkpoint is written: one clear line, the older checkpoint intact; with room again the run goes on from it and ends with the same bits"
     tree = lambda folder: sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())  # noqa: E731
-    whole, failures, stopped, steps = bench.whole, [], 0, []
+    whole, failures, stopped, steps, used = bench.whole, [], 0, [], 0
     one = tree(sorted(whole.glob("checkpoint-*"))[-1])
-    sizes = [int(one * share) // 4096 * 4096 for share in ((2.5,) if bench.quick else (0.5, 1.02, 1.4, 2.05, 2.5, 2.95))]
+    sizes = [int(one * share) // 4096 * 4096 for share in ((2.5,) if bench.quick else (0.5, 1.02, 1.4, 2.05, 2.95))]
     for number, size in enumerate(sizes):
         out = bench.work / f"disk-{number}" / "out"
         try:
@@ -236,12 +255,16 @@ def full_disk(bench):
                     state = json.loads((folder / "state.json").read_text())
                     steps.append(state["step"])
                     if any(digest(folder / f"{part}.safetensors") != value for part, value in state["files"].items()): failures.append(f"{size} bytes: {folder.name} is damaged")
+                intact = max((int(folder.name[11:]) for folder in out.glob("checkpoint-*")), default=0)
+                before = rows(out, intact)
                 grow(10 * one + 2**24)
                 outcome = child([*command, "--resume"], bench.cache)
                 if outcome.code: failures.append(f"{size} bytes: resumed, exit code {outcome.code}: {outcome.err[-300:]}")
                 elif wrong := differences(of_training(out, bench.cache), of_training(whole, bench.cache)): failures.append(f"{size} bytes: {', '.join(wrong)} differ after the resume")
+                elif len(before) != intact or rows(out, intact) != before: failures.append(f"{size} bytes: the log up to step {intact} was written anew: the intact checkpoint was not used")
+                else: used += intact > 0
         except PermissionError as error: return {"counts": {}, "skipped": f"not run, needs root: {error}", "failures": []}
-    return {"counts": {"full disks": stopped, "checkpoints left intact": len(steps)}, "failures": failures}
+    return {"counts": {"full disks": stopped, "checkpoints left intact": len(steps), "resumed from one": used}, "failures": failures}
 
 
 # Experiment 3: hostile checkpoints, configs and models
@@ -260,7 +283,7 @@ def hostile(bench):
     def attempt(what, arguments, folder, codes=(2,)):
         nonlocal peak, slowest
         before, outside = snapshot(bench.work, (folder, bench.cache)), bench.work / "outside"
-        outcome = child(arguments, bench.cache, limit=60, space=SPACE) if arguments[0] == "-m" else crew.run(arguments, 60)
+        outcome = crew.run(arguments, 60)
         if outcome is None:
             failures.append(f"{what}: {crew.over}")
             return None, True
@@ -276,7 +299,7 @@ def hostile(bench):
         shutil.copytree(base, folder)
         for name in ("model.safetensors", "metrics.json", "config.json"): (folder / name).unlink()
         spoil(sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1], rng, bench.work / "outside")
-        outcome, wrong = attempt(f"checkpoint: {what}", cli("train", "--corpus", bench.corpus, "--config", bench.config, "--out", folder, "--limit", 16, "--resume"), folder, (0, 2))
+        outcome, wrong = attempt(f"checkpoint: {what}", ["train", "--corpus", bench.corpus, "--config", bench.config, "--out", folder, "--limit", 16, "--resume"], folder, (0, 2))
         if not wrong:
             counts["checkpoints passed over" if outcome.code == 0 else "checkpoints refused"] += 1
             if outcome.code == 0 and len(told(outcome.err)) != 1: failures.append(f"checkpoint: {what}: {len(told(outcome.err))} lines about it instead of one")
@@ -288,7 +311,7 @@ def hostile(bench):
         outcome, wrong = attempt(f"config: {what}", ["train", "--corpus", bench.corpus, "--config", bench.work / "bad.json", "--out", bench.work / "none"], bench.work / "none")
         counts["configs refused"] += not wrong
         shutil.rmtree(bench.work / "none", ignore_errors=True)
-    for what, spoil in some(files.model_cases(base, rng, bench.work / "outside"), ("weights: a pickle", "config: cut")).items():
+    for what, spoil in some(files.model_cases(base, rng, bench.work / "outside"), ("weights: a pickle", "config: cut", "config: paper towers of 100,000 blocks")).items():
         copy = bench.work / "copy"
         copy.mkdir()
         for name in ("model.safetensors", "config.json"): shutil.copy(base / name, copy)
@@ -393,11 +416,11 @@ def mutants(bench):
             peak, wrong = max(peak, outcome.peak), complaint(outcome)
             if wrong: failures.append(f"{name}: {arguments[0]}: {wrong}")
     finally: crew.stop()
-    for name, arguments in rng.sample(commands, 1 if bench.quick else 16):  # the same in processes of their own
+    for name, arguments in rng.sample(commands, 1 if bench.quick else 6):  # the same in processes of their own
         outcome = child(cli(*arguments), bench.cache, limit=60, space=SPACE)
         peak, wrong = max(peak, outcome.peak), complaint(outcome)
         if wrong: failures.append(f"{name}: {arguments[0]} in a process of its own: {wrong}")
-    return {"counts": {"files": len(sounds) + len(pictures), "commands": len(commands), "of them in a process of its own too": 1 if bench.quick else 16}, "ended": dict(sorted(ended.items())),
+    return {"counts": {"files": len(sounds) + len(pictures), "commands": len(commands), "of them in a process of its own too": 1 if bench.quick else 6}, "ended": dict(sorted(ended.items())),
             "lines by decoders themselves": words, "peak_mib": round(peak), "slowest_seconds": round(max(times, default=0), 1), "failures": failures}
 
 
@@ -408,31 +431,32 @@ def shared_cache(bench):
     "Two trainings share an empty cache; then the cache is damaged in every way and repaired; always the same bits"
     rng, failures, repaired, rounds = random.Random(SEED), [], 0, 1 if bench.quick else 2
     expected = of_training(bench.whole, bench.cache) | {"features": bench.features}  # by now that cache holds more
-    command = lambda out: cli("train", "--corpus", bench.corpus, "--config", bench.config, "--out", out, "--limit", 16)  # noqa: E731
+    command = lambda out: ["train", "--corpus", bench.corpus, "--config", bench.config, "--out", out, "--limit", 16]  # noqa: E731
     for number in range(rounds):
         work = bench.work / f"both-{number}"
         cache, both = work / "cache", []
         work.mkdir()
         try:
             for name in ("one", "other"):
-                with open(work / f"{name}.txt", "w") as log: both.append((name, start(command(work / name), cache, stdout=log, stderr=log)))
+                with open(work / f"{name}.txt", "w") as log: both.append((name, start(cli(*command(work / name)), cache, stdout=log, stderr=log)))
             for name, process in both:
                 if process.wait(300): failures.append(f"together, {name}: exit code {process.returncode}: {(work / f'{name}.txt').read_text()[-300:]}")
                 elif wrong := differences(of_training(work / name, cache), expected): failures.append(f"together, {name}: {', '.join(wrong)} differ")
         finally:
             for _, process in both:
                 if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
-    damages = damage(rng, bench.work / "outside")
+    damages, crew = damage(rng, bench.work / "outside"), Crew(cache)
     if bench.quick: damages = {"every kind, a file each": damages}       # in one run
     for what, spoil in damages.items():
         hit = rng.sample(sorted(cache.rglob("*.npz")), len(spoil) if bench.quick else 5)
         for number, path in enumerate(hit): (list(spoil.values())[number] if bench.quick else spoil)(path)
         out = bench.work / "repaired"
-        outcome = child(command(out), cache, space=SPACE)
-        wrong = complaint(outcome) or (differences(of_training(out, cache), expected) if outcome.code == 0 else outcome.err[-200:])
+        outcome = crew.run(command(out), 100)
+        wrong = crew.over if outcome is None else complaint(outcome) or (differences(of_training(out, cache), expected) if outcome.code == 0 else outcome.err[-200:])
         if wrong or (bench.work / "outside").exists(): failures.append(f"cache, {what}: {wrong}")
         else: repaired += len(hit)
         shutil.rmtree(out, ignore_errors=True)
+    crew.stop()
     return {"counts": {"pairs of trainings": rounds, "kinds of damage": len(damages), "files repaired": repaired}, "failures": failures}
 
 
