@@ -6,7 +6,7 @@
 __all__ = ['sheet', 'png', 'Explorer', 'explore', 'mel_transform', 'log_mel', 'mean_of_eight', 'show_spectrogram', 'pick_batch',
            'show_similarities', 'walk', 'show_queue', 'show_targets', 'fine_table', 'show_recall']
 
-# %% ../nbs/14_explore.ipynb #34982d35
+# %% ../nbs/14_explore.ipynb #135814dc
 from base64 import b64encode
 from functools import cache
 from html import escape
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from .core import set_theme
 from .data import SAMPLE_RATE
 from .distillation import soft_targets
@@ -25,7 +24,7 @@ from .queue import EmbeddingQueue, make_teacher, update_momentum
 from .retrieval import pair_scorer, recall_at_k, rerank
 from .sic import id_targets, sic_loss
 
-# %% ../nbs/14_explore.ipynb #7b37701b
+# %% ../nbs/14_explore.ipynb #468c4b67
 def sheet(width, height,  # inches
           rows=1, columns=1, **ratios):
     "A Figure in the project's look, and its axes (rows, columns)."
@@ -44,7 +43,7 @@ def png(figure):
     Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../nbs/14_explore.ipynb #575da228
+# %% ../nbs/14_explore.ipynb #83e718b2
 class Explorer:
     "Sliders over a function that draws, the drawing, a line for messages, and perhaps something to hear."
 
@@ -88,7 +87,7 @@ def explore(function,    # draws: named values -> Figure
     "Sliders that call a function; they start at its defaults."
     return Explorer(function, hear, live, controls)
 
-# %% ../nbs/14_explore.ipynb #e73c4616
+# %% ../nbs/14_explore.ipynb #d2f7a6b7
 @cache
 def mel_transform(window, hop):  # samples
     "speech.mel_power for any window and hop."
@@ -115,22 +114,23 @@ def show_spectrogram(wave, window_ms=25, hop_ms=10, reader=mean_of_eight, max_se
     loud, seconds = log_mel(wave, window_ms, hop_ms), max(len(wave), 1) / SAMPLE_RATE
     x = (loud - loud.mean(1, keepdim=True)).T * np.log(10) / 10                       # (T, 64) natural logarithm, as LogMel
     with torch.no_grad(): tokens = reader(x / (x.square().mean().sqrt() + 1e-2))
+    tokens = tokens[:, tokens.argmax(0).argsort()]                                    # (n, w) features that peak early come first
     figure, axes = sheet(9, 5.4, 3, 1, height_ratios=[1, 2, 1.6])
     bins = np.array_split(np.append(wave.numpy(), 0), 800 if len(wave) > 800 else 1)  # highest and lowest of each: quick, whatever the length
     at = np.linspace(0, seconds, len(bins))
     axes[0, 0].fill_between(at, [one.min() for one in bins], [one.max() for one in bins], color=sns.color_palette()[0], linewidth=.5)
     start = max(0, int(np.argmax(np.abs(wave.numpy()))) / SAMPLE_RATE - window_ms / 2000) if len(wave) else 0
     for place, colour in enumerate(("crimson", "orange")): axes[0, 0].axvspan(start + place * hop_ms / 1000, start + (place * hop_ms + window_ms) / 1000, color=colour, alpha=.35, linewidth=0)
-    axes[1, 0].imshow(loud, origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, seconds, 0, 64), interpolation="nearest")
-    spread = tokens.abs().max().item() or 1
-    axes[2, 0].imshow(tokens.T, origin="lower", aspect="auto", cmap="vlag", vmin=-spread, vmax=spread, extent=(0, seconds, 0, tokens.shape[1]), interpolation="nearest")
+    axes[1, 0].imshow(loud.numpy(), origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, seconds, 0, 64), interpolation="nearest")
+    spread = np.quantile(tokens.abs(), .98) or 1
+    axes[2, 0].imshow(tokens.T.numpy(), origin="lower", aspect="auto", cmap="vlag", vmin=-spread, vmax=spread, extent=(0, seconds, 0, tokens.shape[1]), interpolation="nearest")
     labels = (("wave", f"first {max_seconds:g} s of {whole:.0f} s" if whole > max_seconds else "two neighbouring windows, marked"),
-              ("mel band", f"{loud.shape[1]} frames: {window_ms:g} ms long, one every {hop_ms:g} ms"), ("feature", f"{len(tokens)} tokens, one every {8 * hop_ms:g} ms"))
+              ("mel band", f"{loud.shape[1]} frames: {window_ms:g} ms long, one every {hop_ms:g} ms"), ("feature, sorted", f"{len(tokens)} tokens, one every {8 * hop_ms:g} ms"))
     for axis, (label, title) in zip(axes[:, 0], labels): axis.set(xlim=(0, seconds), ylabel=label, title=title); axis.grid(False)
     axes[2, 0].set_xlabel("second")
     return figure
 
-# %% ../nbs/14_explore.ipynb #95967e6f
+# %% ../nbs/14_explore.ipynb #db5f082c
 def pick_batch(image_of, pairs=8, captions_per_image=1):  # (n,) picture of each recording
     "(B,) rows of a batch, so many captions per picture, and the rows of all other pictures, for the queue."
     order, counts, rows = image_of.argsort(stable=True).tolist(), {}, []
@@ -167,7 +167,7 @@ def _box(column, row):
     from matplotlib.patches import Rectangle
     return Rectangle((column, row), 1, 1, fill=False, edgecolor="teal", linewidth=2)
 
-# %% ../nbs/14_explore.ipynb #9a67a079
+# %% ../nbs/14_explore.ipynb #9554a409
 @cache
 def walk(momentum, steps=200):  # cached: sliders ask for the same ones again
     "One weight of a student in training, and of its teacher: two lists."
@@ -191,8 +191,9 @@ def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pa
     ages = [step - 1 - item // batch if item >= 0 else -1 for item in queue.ids.tolist()]  # in steps; -1 = empty
     figure, ((left, right),) = sheet(9.5, 3.8, 1, 2, width_ratios=[1, 1.6])
     colours, oldest = matplotlib.colormaps["rocket"], max([*ages, 0])
-    if size: left.pie([1] * size, startangle=90, counterclock=False, radius=1, labels=[str(slot) for slot in range(size)] if size <= 32 else None, labeldistance=.78, textprops={"size": 8, "ha": "center", "va": "center", "color": "grey"},
-                      colors=["#eeeeee" if age < 0 else colours(.25 + .7 * age / max(oldest, 1)) for age in ages], wedgeprops={"width": .42, "edgecolor": "white"})
+    shades = ["#eeeeee" if age < 0 else colours(.25 + .7 * age / max(oldest, 1)) for age in ages]
+    names = left.pie([1] * size, startangle=90, counterclock=False, radius=1, labels=range(size), labeldistance=.79, textprops={"size": 9, "ha": "center", "va": "center"}, colors=shades, wedgeprops={"width": .42, "edgecolor": "white"})[1] if size else []
+    for name, age in zip(names, ages): name.set(color="black" if age < 0 or age > oldest / 2 else "white", visible=size <= 32)
     angle = np.pi / 2 - 2 * np.pi * (int(queue.pointer) + .5) / max(size, 1)
     if size: left.annotate("", (1.02 * np.cos(angle), 1.02 * np.sin(angle)), (1.3 * np.cos(angle), 1.3 * np.sin(angle)), arrowprops={"color": "crimson", "width": 2, "headwidth": 8})
     left.text(0, 0, f"{sum(age >= 0 for age in ages)} of {size}\nslots used", ha="center", va="center"); left.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), title="dark: new, light: old; arrow: written next", xlabel="slots of the ring")
@@ -204,7 +205,7 @@ def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pa
     right.set(xlabel="step", ylabel="a weight", title=f"oldest key: {oldest} steps; since then the student moved {moved[0]:.2f}, the teacher {moved[1]:.2f}"); right.title.set_size(10)
     return figure
 
-# %% ../nbs/14_explore.ipynb #cee80f5d
+# %% ../nbs/14_explore.ipynb #65358a96
 def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher's; (B,) true ids; share of labels that are wrong
     "Labels, the teacher's opinion, and the mixture; boxes: the truth."
     import seaborn as sns
@@ -220,7 +221,7 @@ def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher
         axis.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{name}: {(table * truth).sum(1).mean():.0%} right"); axis.tick_params(labelsize=8, rotation=0)
     return figure
 
-# %% ../nbs/14_explore.ipynb #a35c39c9
+# %% ../nbs/14_explore.ipynb #a58a8fa3
 def fine_table(model, embeddings, most=32):  # SpeechImageModel, retrieval.Embeddings
     "Coarse scores as the model re-ranks with them, and the fine scores of each recording's best; -inf for the others. Twice (n, m)."
     coarse = embeddings.speech @ embeddings.image.T
@@ -243,8 +244,7 @@ def show_recall(coarse, fine, image_of, k=16, at=1, mode="sum"):  # from fine_ta
     for (name, line), colour in zip(lines.items(), sns.color_palette()):
         chosen = name == f"fine, {mode}"
         sns.lineplot(x=ks, y=line, ax=axis, label=name, color=colour, marker="o" if name.startswith("fine") else None, linestyle=":" if name == "coarse" else "-", linewidth=3 if chosen else 1.5)
-    axis.axvline(k, color="crimson", linewidth=1)
+    axis.axvline(k, color="crimson", linewidth=1); axis.minorticks_off()
     value = lines[f"fine, {mode}"][ks.index(k)]
     axis.set(xscale="log", xlabel="k, candidates that are re-ranked", ylabel=f"recall at {at} [%]", xticks=ks, xticklabels=ks, title=f"k = {k}: {value:.1f} % of at most {lines['ceiling: coarse recall at k'][ks.index(k)]:.1f} %")
-    axis.minorticks_off()
     return figure

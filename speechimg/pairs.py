@@ -6,7 +6,7 @@
 __all__ = ['FILM', 'uri', 'players', 'hardest', 'show_negatives', 'hear_negatives', 'Matching', 'read_together', 'heat',
            'show_matching', 'show_strip', 'play_matching']
 
-# %% ../nbs/14a_pairs.ipynb #e9e2265e
+# %% ../nbs/14a_pairs.ipynb #2e4c5f2a
 from base64 import b64encode
 from html import escape
 from io import BytesIO
@@ -25,7 +25,7 @@ from .mining import negative_probabilities
 from .retrieval import embed, judging, pair_scorer
 from .sic import similarity_logits
 
-# %% ../nbs/14a_pairs.ipynb #40584377
+# %% ../nbs/14a_pairs.ipynb #eab8952d
 def uri(content, side=192):  # a PIL picture, shown at most so large, or a wave (n,) at 16 kHz
     "An address that holds all its bytes: WebP, or MP3, which every browser plays at a fifth of the size of WAV."
     import soundfile
@@ -43,7 +43,7 @@ def players(sounds):  # pairs of a text and a wave
              f"<span>{escape(text)}</span></div>" for text, wave in sounds)
     return f'<div class="speechimg-sounds">{"".join(lines)}</div>'
 
-# %% ../nbs/14a_pairs.ipynb #9f129fd4
+# %% ../nbs/14a_pairs.ipynb #ed64573a
 def hardest(embeddings, rows, anchor=0, temperature=.07, shown=5):  # (B,) rows of the batch, the place of one in it
     "Its wrong partners, likeliest first: [(place in the batch, probability), ...]."
     ids = embeddings.image_of[rows]
@@ -64,6 +64,7 @@ def show_negatives(corpus, embeddings, rows, anchor=0, temperature=.07, shown=5)
     below = figure.add_subplot(grid[1, :])
     sns.barplot(x=[str(n) for n in range(1, len(found) + 1)][:20], y=[chance for _, chance in found][:20], ax=below, color=sns.color_palette()[0])
     below.set(xlabel="wrong pictures, most similar first", ylabel="chance", ylim=(0, 1), title=f'"{corpus.captions[int(rows[anchor])].text}": the likeliest of {len(found)} wrong pictures' if found else "no other picture here: this pair has no negative")
+    if not found: below.set_xticks([])
     return figure
 
 
@@ -72,7 +73,7 @@ def hear_negatives(corpus, embeddings, rows, anchor=0, temperature=.07, shown=3)
     places = [(anchor, "the pair"), *((place, f"{chance:.1%}") for place, chance in hardest(embeddings, rows, anchor, temperature, shown))]
     return players((f"{name}: {corpus.captions[int(rows[place])].text}", corpus.load_wave(int(rows[place]), 20.)) for place, name in places)
 
-# %% ../nbs/14a_pairs.ipynb #35688d10
+# %% ../nbs/14a_pairs.ipynb #fa890558
 class Matching(NamedTuple):
     "One recording, read together with some pictures."
     wave: torch.Tensor      # (n,) what was read of it
@@ -100,14 +101,14 @@ def read_together(model, wave, pictures):  # SpeechImageModel, (n,) at 16 kHz, P
 
 
 def heat(matching, head=0):  # 0 = the mean of all heads, 1 = the first
-    "(m, T, y, x) from 0 to 1, where 1 is the strongest look of each picture."
+    "(m, T, y, x) from 0 to 1, where 1 is the strongest look of each picture; a square root, so that faint looks can be seen."
     maps = matching.maps[:, head - 1] if head else matching.maps.mean(1)
-    return maps / maps.amax((1, 2, 3), keepdim=True)
+    return (maps / maps.amax((1, 2, 3), keepdim=True)).sqrt()
 
 
 def _lay(axis, picture, glow):  # a picture, darkened where nobody looks; (y, x)
     axis.imshow(picture.resize((160, 160))); axis.axis("off")
-    axis.imshow(torch.zeros_like(glow), cmap="gray", alpha=.8 * (1 - glow).numpy(), extent=(-.5, 159.5, 159.5, -.5), interpolation="nearest")
+    axis.imshow(np.zeros(glow.shape), cmap="gray", alpha=.8 * (1 - glow).numpy(), extent=(-.5, 159.5, 159.5, -.5), interpolation="nearest")
 
 
 def show_matching(matching, second=.5, head=0):
@@ -116,7 +117,7 @@ def show_matching(matching, second=.5, head=0):
     figure, axes = sheet(max(3.2 * count, 5), 4.6, 2, count, height_ratios=[1, 2.6])
     for axis in axes[0]: axis.remove()
     above = figure.add_subplot(axes[0, 0].get_gridspec()[0, :])
-    above.imshow(log_mel(matching.wave), origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, max(matching.seconds[-1], .01), 0, 64))
+    above.imshow(log_mel(matching.wave).numpy(), origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, max(matching.seconds[-1].item(), .01), 0, 64))
     above.axvline(float(matching.seconds[place]), color="crimson"); above.grid(False); above.set(xlabel="second", ylabel="mel band", title=f"token {place} of {len(matching.seconds)}, at {matching.seconds[place]:.2f} s")
     for axis, picture, glow, cosine, score in zip(axes[1], matching.pictures, heat(matching, head)[:, place], matching.cosines, matching.scores):
         _lay(axis, picture, glow); axis.set_title(f"coarse {cosine:.2f}, fine {score:+.2f}")
