@@ -6,7 +6,7 @@
 __all__ = ['sheet', 'png', 'Explorer', 'explore', 'mel_transform', 'log_mel', 'mean_of_eight', 'show_spectrogram', 'pick_batch',
            'show_similarities', 'walk', 'show_queue', 'show_targets', 'fine_table', 'show_recall']
 
-# %% ../nbs/14_explore.ipynb #135814dc
+# %% ../nbs/14_explore.ipynb #db886f6d
 from base64 import b64encode
 from functools import cache
 from html import escape
@@ -24,7 +24,7 @@ from .queue import EmbeddingQueue, make_teacher, update_momentum
 from .retrieval import pair_scorer, recall_at_k, rerank
 from .sic import id_targets, sic_loss
 
-# %% ../nbs/14_explore.ipynb #468c4b67
+# %% ../nbs/14_explore.ipynb #abd0fbb7
 def sheet(width, height,  # inches
           rows=1, columns=1, **ratios):
     "A Figure in the project's look, and its axes (rows, columns)."
@@ -43,7 +43,7 @@ def png(figure):
     Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../nbs/14_explore.ipynb #83e718b2
+# %% ../nbs/14_explore.ipynb #af75ddbb
 class Explorer:
     "Sliders over a function that draws, the drawing, a line for messages, and perhaps something to hear."
 
@@ -87,7 +87,7 @@ def explore(function,    # draws: named values -> Figure
     "Sliders that call a function; they start at its defaults."
     return Explorer(function, hear, live, controls)
 
-# %% ../nbs/14_explore.ipynb #d2f7a6b7
+# %% ../nbs/14_explore.ipynb #2e9e1c85
 @cache
 def mel_transform(window, hop):  # samples
     "speech.mel_power for any window and hop."
@@ -130,7 +130,7 @@ def show_spectrogram(wave, window_ms=25, hop_ms=10, reader=mean_of_eight, max_se
     axes[2, 0].set_xlabel("second")
     return figure
 
-# %% ../nbs/14_explore.ipynb #db5f082c
+# %% ../nbs/14_explore.ipynb #1373a271
 def pick_batch(image_of, pairs=8, captions_per_image=1):  # (n,) picture of each recording
     "(B,) rows of a batch, so many captions per picture, and the rows of all other pictures, for the queue."
     order, counts, rows = image_of.argsort(stable=True).tolist(), {}, []
@@ -154,7 +154,7 @@ def show_similarities(embeddings, pairs=8, captions_per_image=1, temperature=.07
     table = torch.cat([sure[:, :len(rows)], sure[:, len(rows):].sum(1, keepdim=True)], 1) if len(old) else sure
     figure, ((left, right),) = sheet(9.5, 4.2, 1, 2, width_ratios=[2.2, 1])
     names = [str(one) for one in ids.tolist()] + ["queue"] * bool(len(old))
-    sns.heatmap(table, ax=left, vmin=0, vmax=1, cmap="rocket_r", annot=len(rows) <= 10, fmt=".2f", annot_kws={"size": 9}, xticklabels=names, yticklabels=names[:len(rows)], cbar_kws={"label": "probability"})
+    sns.heatmap(table.numpy(), ax=left, vmin=0, vmax=1, cmap="rocket_r", annot=len(rows) <= 10, fmt=".2f", annot_kws={"size": 9}, xticklabels=names, yticklabels=names[:len(rows)], cbar_kws={"label": "probability"})
     for row, column in targets[:, :len(rows)].nonzero().tolist(): left.add_patch(_box(column, row))
     left.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{len(rows)} pairs, {len(old)} older pictures in the queue; boxes: called right"); left.tick_params(rotation=0)
     each = -(targets * out.speech_to_image.log_softmax(1)).sum(1)
@@ -167,7 +167,7 @@ def _box(column, row):
     from matplotlib.patches import Rectangle
     return Rectangle((column, row), 1, 1, fill=False, edgecolor="teal", linewidth=2)
 
-# %% ../nbs/14_explore.ipynb #9554a409
+# %% ../nbs/14_explore.ipynb #719a6ec7
 @cache
 def walk(momentum, steps=200):  # cached: sliders ask for the same ones again
     "One weight of a student in training, and of its teacher: two lists."
@@ -205,7 +205,7 @@ def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pa
     right.set(xlabel="step", ylabel="a weight", title=f"oldest key: {oldest} steps; since then the student moved {moved[0]:.2f}, the teacher {moved[1]:.2f}"); right.title.set_size(10)
     return figure
 
-# %% ../nbs/14_explore.ipynb #65358a96
+# %% ../nbs/14_explore.ipynb #1152af50
 def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher's; (B,) true ids; share of labels that are wrong
     "Labels, the teacher's opinion, and the mixture; boxes: the truth."
     import seaborn as sns
@@ -216,12 +216,12 @@ def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher
     hard, truth = id_targets(labels, ids), ids[:, None] == ids
     figure, axes = sheet(10, 3.9, 1, 3)
     for axis, table, name in zip(axes[0], (hard, logits.float().softmax(1), soft_targets(logits, hard, alpha)), ("labels", "teacher", f"targets, alpha {alpha:g}")):
-        sns.heatmap(table, ax=axis, vmin=0, vmax=1, cmap="rocket_r", cbar=False, square=True, annot=len(ids) <= 8, fmt=".2f", annot_kws={"size": 8}, xticklabels=ids.tolist(), yticklabels=ids.tolist())
+        sns.heatmap(table.numpy(), ax=axis, vmin=0, vmax=1, cmap="rocket_r", cbar=False, square=True, annot=len(ids) <= 8, fmt=".2f", annot_kws={"size": 8}, xticklabels=ids.tolist(), yticklabels=ids.tolist())
         for row, column in truth.nonzero().tolist(): axis.add_patch(_box(column, row))
         axis.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{name}: {(table * truth).sum(1).mean():.0%} right"); axis.tick_params(labelsize=8, rotation=0)
     return figure
 
-# %% ../nbs/14_explore.ipynb #a58a8fa3
+# %% ../nbs/14_explore.ipynb #28ccc568
 def fine_table(model, embeddings, most=32):  # SpeechImageModel, retrieval.Embeddings
     "Coarse scores as the model re-ranks with them, and the fine scores of each recording's best; -inf for the others. Twice (n, m)."
     coarse = embeddings.speech @ embeddings.image.T

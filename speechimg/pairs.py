@@ -6,7 +6,7 @@
 __all__ = ['FILM', 'uri', 'players', 'hardest', 'show_negatives', 'hear_negatives', 'Matching', 'read_together', 'heat',
            'show_matching', 'show_strip', 'play_matching']
 
-# %% ../nbs/14a_pairs.ipynb #2e4c5f2a
+# %% ../nbs/14a_pairs.ipynb #6f4ccb29
 from base64 import b64encode
 from html import escape
 from io import BytesIO
@@ -19,13 +19,13 @@ import torch
 from einops import rearrange
 
 from .core import InputError
-from .data import SAMPLE_RATE
+from .data import SAMPLE_RATE, sha256
 from .explore import log_mel, sheet
 from .mining import negative_probabilities
 from .retrieval import embed, judging, pair_scorer
 from .sic import similarity_logits
 
-# %% ../nbs/14a_pairs.ipynb #eab8952d
+# %% ../nbs/14a_pairs.ipynb #7cc69f7b
 def uri(content, side=192):  # a PIL picture, shown at most so large, or a wave (n,) at 16 kHz
     "An address that holds all its bytes: WebP, or MP3, which every browser plays at a fifth of the size of WAV."
     import soundfile
@@ -43,7 +43,7 @@ def players(sounds):  # pairs of a text and a wave
              f"<span>{escape(text)}</span></div>" for text, wave in sounds)
     return f'<div class="speechimg-sounds">{"".join(lines)}</div>'
 
-# %% ../nbs/14a_pairs.ipynb #ed64573a
+# %% ../nbs/14a_pairs.ipynb #c0840b00
 def hardest(embeddings, rows, anchor=0, temperature=.07, shown=5):  # (B,) rows of the batch, the place of one in it
     "Its wrong partners, likeliest first: [(place in the batch, probability), ...]."
     ids = embeddings.image_of[rows]
@@ -73,7 +73,7 @@ def hear_negatives(corpus, embeddings, rows, anchor=0, temperature=.07, shown=3)
     places = [(anchor, "the pair"), *((place, f"{chance:.1%}") for place, chance in hardest(embeddings, rows, anchor, temperature, shown))]
     return players((f"{name}: {corpus.captions[int(rows[place])].text}", corpus.load_wave(int(rows[place]), 20.)) for place, name in places)
 
-# %% ../nbs/14a_pairs.ipynb #fa890558
+# %% ../nbs/14a_pairs.ipynb #ed1d3db4
 class Matching(NamedTuple):
     "One recording, read together with some pictures."
     wave: torch.Tensor      # (n,) what was read of it
@@ -133,8 +133,8 @@ def show_strip(matching, moments=6, head=0):
     return figure
 
 
-FILM = """<div class="speechimg-film" id="ID"><audio controls style="height:34px;width:100%;max-width:430px" src="SOUND"></audio><div style="display:flex;gap:14px;margin-top:8px;flex-wrap:wrap">PICTURES</div>
-<script>(() => { const film = document.getElementById("ID"), sound = film.querySelector("audio"), seconds = SECONDS;
+FILM = """<div class="speechimg-film" id="%(name)s"><audio controls style="height:34px;width:100%%;max-width:430px" src="%(sound)s"></audio><div style="display:flex;gap:14px;margin-top:8px;flex-wrap:wrap">%(pictures)s</div>
+<script>(() => { const film = document.getElementById("%(name)s"), sound = film.querySelector("audio"), seconds = %(seconds)s;
 const maps = [...film.querySelectorAll("canvas")].map(c => [c.getContext("2d"), Uint8Array.from(atob(c.dataset.heat), b => b.charCodeAt(0)), c.width, c.height]);
 function draw() { const last = seconds.length - 1, at = Math.max(0, Math.min(last, Math.round(sound.currentTime / (seconds[last] || 1) * last)));
   for (const [pen, heat, w, h] of maps) { const frame = pen.createImageData(w, h);
@@ -150,5 +150,5 @@ def play_matching(matching, head=0):
         code = b64encode((255 * glow).round().to(torch.uint8).numpy().tobytes()).decode()
         boxes.append(f'<figure style="margin:0;text-align:center"><div style="position:relative;width:208px;height:208px"><img alt="candidate" style="width:100%;height:100%" src="{uri(picture.resize((208, 208)), 208)}"><canvas width={glow.shape[2]} height={glow.shape[1]} '
                      f'data-heat="{code}" style="position:absolute;inset:0;width:100%;height:100%"></canvas></div><figcaption>fine {score:+.2f}</figcaption></figure>')
-    text = FILM.replace("SOUND", uri(matching.wave)).replace("PICTURES", "".join(boxes)).replace("SECONDS", str([round(one, 3) for one in matching.seconds.tolist()]))
-    return text.replace("ID", f"film-{abs(hash(text)) % 10**8}")
+    parts = {"sound": uri(matching.wave), "pictures": "".join(boxes), "seconds": [round(one, 3) for one in matching.seconds.tolist()]}
+    return FILM % {"name": f"film-{sha256(str(parts))[:12]}", **parts}

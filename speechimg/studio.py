@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRONT', 'LOOK', 'received', 'show_answers', 'make_front', 'Studio']
 
-# %% ../nbs/14b_studio.ipynb #e3443283
+# %% ../nbs/14b_studio.ipynb #8b5e710d
 from base64 import b64encode
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from .model import read_wave
 from .pairs import uri
 from .retrieval import open_gallery, search
 
-# %% ../nbs/14b_studio.ipynb #eb82a1e1
+# %% ../nbs/14b_studio.ipynb #956a25e6
 def received(content,           # {"kind": "recording"}, or {"kind": "file", "name": ...}
              buffers,           # what came with it: 16-bit numbers at 16 kHz, or the bytes of a file
              max_seconds=20.):  # keep one second more than that, so that one can tell that it was longer
@@ -31,7 +31,7 @@ def received(content,           # {"kind": "recording"}, or {"kind": "file", "na
     if content.get("kind") != "recording" or len(data) % 2: raise InputError(name, "did not arrive whole", "record it again")
     return torch.from_numpy(np.frombuffer(data, "<i2")[: int((max_seconds + 1) * SAMPLE_RATE)].astype(np.float32) / 32767)
 
-# %% ../nbs/14b_studio.ipynb #a5c712f6
+# %% ../nbs/14b_studio.ipynb #a564f981
 def show_answers(wave, corpus, hits, top=5, right=(), title=""):  # (n,), Corpus, retrieval.Hit; places of pictures to frame in green
     "What was said, the best pictures of the coarse stage, and those of the fine one."
     from matplotlib.patches import Rectangle
@@ -49,7 +49,7 @@ def show_answers(wave, corpus, hits, top=5, right=(), title=""):  # (n,), Corpus
             if hit.picture in right: axis.add_patch(Rectangle((0, 0), 149, 149, fill=False, edgecolor="limegreen", linewidth=5))
     return figure
 
-# %% ../nbs/14b_studio.ipynb #4f4e693e
+# %% ../nbs/14b_studio.ipynb #fa1891f5
 FRONT = r"""
 const RATE = 16000, LARGEST = 8e6;
 const TAP = `registerProcessor("tap", class extends AudioWorkletProcessor {
@@ -131,7 +131,7 @@ function render({ model, el }) {
     for (const hit of model.get("hits").filter(one => one[key] <= 5).sort((a, b) => a[key] - b[key])) {
       const card = make("button", "hit"), picture = make("img"), moved = hit.coarse - hit.fine;
       picture.src = hit.src; picture.alt = hit.name; card.dataset.picture = hit.picture; card.title = "hear its captions";
-      card.append(picture, make("b", "", `${hit[key]}`), make("span", moved > 0 ? "up" : "down", `coarse ${hit.coarse} → fine ${hit.fine}`));
+      card.append(picture, make("span", moved > 0 ? "up" : "down", `coarse ${hit.coarse} → fine ${hit.fine}`));
       card.onclick = () => model.send({ kind: "hear", picture: hit.picture });
       cards.append(card);
     }
@@ -155,17 +155,15 @@ export default { render };
 """
 
 LOOK = """
-.speechimg-studio { font: 14px/1.45 system-ui, sans-serif; max-width: 860px; padding: 4px 2px }
+.speechimg-studio { font: 14px/1.45 system-ui, sans-serif; max-width: 660px; padding: 4px 2px } .speechimg-studio button { font: inherit; cursor: pointer }
 .speechimg-bar { display: flex; gap: 12px; align-items: center; flex-wrap: wrap }
-.speechimg-record { font: inherit; padding: 6px 14px; border-radius: 18px; border: 1px solid #b33; background: #fff; color: #b33; cursor: pointer; min-width: 96px }
-.speechimg-on { background: #b33; color: #fff } .speechimg-level { width: 110px } .speechimg-elapsed { min-width: 92px; font-variant-numeric: tabular-nums }
+.speechimg-studio .speechimg-record { padding: 6px 14px; border-radius: 18px; border: 1px solid #b33; background: #fff; color: #b33; min-width: 96px }
+.speechimg-studio .speechimg-on { background: #b33; color: #fff } .speechimg-level { width: 110px } .speechimg-elapsed { min-width: 92px; font-variant-numeric: tabular-nums }
 .speechimg-message { margin: 8px 0; min-height: 1.4em } .speechimg-heard audio, .speechimg-sound audio { height: 32px; width: 240px }
-.speechimg-ranks { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 4px 22px }
-.speechimg-ranks h4, .speechimg-clips h4 { margin: 10px 0 4px; font-weight: 600 }
-.speechimg-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px }
-.speechimg-hit { font: inherit; font-size: 12px; text-align: left; background: none; color: inherit; border: 1px solid rgba(128, 128, 128, .4); border-radius: 8px; padding: 5px; cursor: pointer }
-.speechimg-hit:hover, .speechimg-hit:focus { border-color: #3a6ea5; box-shadow: 0 0 0 1px #3a6ea5 }
-.speechimg-hit img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px; background: #fff } .speechimg-hit b { margin-right: 6px }
+.speechimg-ranks h4, .speechimg-clips h4 { margin: 10px 0 4px; font-weight: 600 } .speechimg-cards { display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px }
+.speechimg-studio .speechimg-hit { font-size: 12px; text-align: left; background: none; color: inherit; border: 1px solid rgba(128, 128, 128, .4); border-radius: 8px; padding: 5px }
+.speechimg-studio .speechimg-hit:is(:hover, :focus) { border-color: #3a6ea5; box-shadow: 0 0 0 1px #3a6ea5 }
+.speechimg-hit img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px; background: #fff }
 .speechimg-up { color: #2f7d4f } .speechimg-sound { display: flex; gap: 12px; align-items: center; margin: 3px 0 }
 """
 
@@ -184,7 +182,7 @@ def make_front(max_seconds):
         number = traitlets.Int(0).tag(sync=True)         # of answers so far: changes last, so that the page draws once
     return Front(max_seconds=max_seconds)
 
-# %% ../nbs/14b_studio.ipynb #5016d868
+# %% ../nbs/14b_studio.ipynb #e2cc393e
 class Studio:
     "Say what you are looking for, or choose a file; click a picture to hear how others described it."
 
