@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['sheet', 'png', 'Explorer', 'explore', 'mel_transform', 'log_mel', 'mean_of_eight', 'show_spectrogram', 'pick_batch',
-           'show_similarities', 'walk', 'show_queue', 'show_targets', 'fine_table', 'show_recall']
+           'show_similarities', 'walk', 'show_queue', 'show_targets']
 
-# %% ../nbs/14_explore.ipynb #db886f6d
+# %% ../nbs/14_explore.ipynb #01186f99
 from base64 import b64encode
 from functools import cache
 from html import escape
@@ -21,10 +21,9 @@ from .core import set_theme
 from .data import SAMPLE_RATE
 from .distillation import soft_targets
 from .queue import EmbeddingQueue, make_teacher, update_momentum
-from .retrieval import pair_scorer, recall_at_k, rerank
 from .sic import id_targets, sic_loss
 
-# %% ../nbs/14_explore.ipynb #abd0fbb7
+# %% ../nbs/14_explore.ipynb #edf99f69
 def sheet(width, height,  # inches
           rows=1, columns=1, **ratios):
     "A Figure in the project's look, and its axes (rows, columns)."
@@ -43,7 +42,7 @@ def png(figure):
     Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../nbs/14_explore.ipynb #af75ddbb
+# %% ../nbs/14_explore.ipynb #2f3ba8ee
 class Explorer:
     "Sliders over a function that draws, the drawing, a line for messages, and perhaps something to hear."
 
@@ -87,7 +86,7 @@ def explore(function,    # draws: named values -> Figure
     "Sliders that call a function; they start at its defaults."
     return Explorer(function, hear, live, controls)
 
-# %% ../nbs/14_explore.ipynb #2e9e1c85
+# %% ../nbs/14_explore.ipynb #1de858d5
 @cache
 def mel_transform(window, hop):  # samples
     "speech.mel_power for any window and hop."
@@ -120,17 +119,20 @@ def show_spectrogram(wave, window_ms=25, hop_ms=10, reader=mean_of_eight, max_se
     at = np.linspace(0, seconds, len(bins))
     axes[0, 0].fill_between(at, [one.min() for one in bins], [one.max() for one in bins], color=sns.color_palette()[0], linewidth=.5)
     start = max(0, int(np.argmax(np.abs(wave.numpy()))) / SAMPLE_RATE - window_ms / 2000) if len(wave) else 0
-    for place, colour in enumerate(("crimson", "orange")): axes[0, 0].axvspan(start + place * hop_ms / 1000, start + (place * hop_ms + window_ms) / 1000, color=colour, alpha=.35, linewidth=0)
-    axes[1, 0].imshow(loud.numpy(), origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, seconds, 0, 64), interpolation="nearest")
+    for begin, colour in ((start, "crimson"), (start + hop_ms / 1000, "orange")):
+        axes[0, 0].axvspan(begin, begin + window_ms / 1000, color=colour, alpha=.35, linewidth=0)
+    fill = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    axes[1, 0].imshow(loud.numpy(), cmap="mako", vmin=-80, vmax=0, extent=(0, seconds, 0, 64), **fill)
     spread = np.quantile(tokens.abs(), .98) or 1
-    axes[2, 0].imshow(tokens.T.numpy(), origin="lower", aspect="auto", cmap="vlag", vmin=-spread, vmax=spread, extent=(0, seconds, 0, tokens.shape[1]), interpolation="nearest")
+    axes[2, 0].imshow(tokens.T.numpy(), cmap="vlag", vmin=-spread, vmax=spread, extent=(0, seconds, 0, tokens.shape[1]), **fill)
     labels = (("wave", f"first {max_seconds:g} s of {whole:.0f} s" if whole > max_seconds else "two neighbouring windows, marked"),
-              ("mel band", f"{loud.shape[1]} frames: {window_ms:g} ms long, one every {hop_ms:g} ms"), ("feature, sorted", f"{len(tokens)} tokens, one every {8 * hop_ms:g} ms"))
+              ("mel band", f"{loud.shape[1]} frames: {window_ms:g} ms long, one every {hop_ms:g} ms"),
+              ("feature, sorted", f"{len(tokens)} tokens, one every {8 * hop_ms:g} ms"))
     for axis, (label, title) in zip(axes[:, 0], labels): axis.set(xlim=(0, seconds), ylabel=label, title=title); axis.grid(False)
     axes[2, 0].set_xlabel("second")
     return figure
 
-# %% ../nbs/14_explore.ipynb #1373a271
+# %% ../nbs/14_explore.ipynb #cd8e1337
 def pick_batch(image_of, pairs=8, captions_per_image=1):  # (n,) picture of each recording
     "(B,) rows of a batch, so many captions per picture, and the rows of all other pictures, for the queue."
     order, counts, rows = image_of.argsort(stable=True).tolist(), {}, []
@@ -154,9 +156,11 @@ def show_similarities(embeddings, pairs=8, captions_per_image=1, temperature=.07
     table = torch.cat([sure[:, :len(rows)], sure[:, len(rows):].sum(1, keepdim=True)], 1) if len(old) else sure
     figure, ((left, right),) = sheet(9.5, 4.2, 1, 2, width_ratios=[2.2, 1])
     names = [str(one) for one in ids.tolist()] + ["queue"] * bool(len(old))
-    sns.heatmap(table.numpy(), ax=left, vmin=0, vmax=1, cmap="rocket_r", annot=len(rows) <= 10, fmt=".2f", annot_kws={"size": 9}, xticklabels=names, yticklabels=names[:len(rows)], cbar_kws={"label": "probability"})
+    sns.heatmap(table.numpy(), ax=left, vmin=0, vmax=1, cmap="rocket_r", annot=len(rows) <= 10, fmt=".2f", annot_kws={"size": 9},
+                xticklabels=names, yticklabels=names[:len(rows)], cbar_kws={"label": "probability"})
     for row, column in targets[:, :len(rows)].nonzero().tolist(): left.add_patch(_box(column, row))
-    left.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{len(rows)} pairs, {len(old)} older pictures in the queue; boxes: called right"); left.tick_params(rotation=0)
+    left.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{len(rows)} pairs, {len(old)} older pictures in the queue; boxes: called right")
+    left.tick_params(rotation=0)
     each = -(targets * out.speech_to_image.log_softmax(1)).sum(1)
     sns.barplot(x=each.numpy(), y=np.arange(len(rows)), orient="h", ax=right, color=sns.color_palette()[0])
     right.set(xlabel="loss, recording to picture", ylabel="", yticks=[], title=f"loss of both directions {out.loss:.3f}")
@@ -167,7 +171,7 @@ def _box(column, row):
     from matplotlib.patches import Rectangle
     return Rectangle((column, row), 1, 1, fill=False, edgecolor="teal", linewidth=2)
 
-# %% ../nbs/14_explore.ipynb #719a6ec7
+# %% ../nbs/14_explore.ipynb #ebfcfe21
 @cache
 def walk(momentum, steps=200):  # cached: sliders ask for the same ones again
     "One weight of a student in training, and of its teacher: two lists."
@@ -187,16 +191,20 @@ def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pa
     import matplotlib
     import seaborn as sns
     queue = EmbeddingQueue(size, 1)
-    for one in range(step): queue.enqueue(torch.zeros(batch, 1), torch.zeros(batch, 1), torch.arange(one * batch, (one + 1) * batch))
+    nothing = torch.zeros(batch, 1)
+    for one in range(step): queue.enqueue(nothing, nothing, torch.arange(one * batch, (one + 1) * batch))
     ages = [step - 1 - item // batch if item >= 0 else -1 for item in queue.ids.tolist()]  # in steps; -1 = empty
     figure, ((left, right),) = sheet(9.5, 3.8, 1, 2, width_ratios=[1, 1.6])
     colours, oldest = matplotlib.colormaps["rocket"], max([*ages, 0])
     shades = ["#eeeeee" if age < 0 else colours(.25 + .7 * age / max(oldest, 1)) for age in ages]
-    names = left.pie([1] * size, startangle=90, counterclock=False, radius=1, labels=range(size), labeldistance=.79, textprops={"size": 9, "ha": "center", "va": "center"}, colors=shades, wedgeprops={"width": .42, "edgecolor": "white"})[1] if size else []
+    names = left.pie([1] * size, startangle=90, counterclock=False, labels=range(size), labeldistance=.79, textprops={"size": 9, "ha": "center", "va": "center"},
+                     colors=shades, wedgeprops={"width": .42, "edgecolor": "white"})[1] if size else []
     for name, age in zip(names, ages): name.set(color="black" if age < 0 or age > oldest / 2 else "white", visible=size <= 32)
     angle = np.pi / 2 - 2 * np.pi * (int(queue.pointer) + .5) / max(size, 1)
-    if size: left.annotate("", (1.02 * np.cos(angle), 1.02 * np.sin(angle)), (1.3 * np.cos(angle), 1.3 * np.sin(angle)), arrowprops={"color": "crimson", "width": 2, "headwidth": 8})
-    left.text(0, 0, f"{sum(age >= 0 for age in ages)} of {size}\nslots used", ha="center", va="center"); left.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), title="dark: new, light: old; arrow: written next", xlabel="slots of the ring")
+    tip, tail = ((length * np.cos(angle), length * np.sin(angle)) for length in (1.02, 1.3))
+    if size: left.annotate("", tip, tail, arrowprops={"color": "crimson", "width": 2, "headwidth": 8})
+    left.text(0, 0, f"{sum(age >= 0 for age in ages)} of {size}\nslots used", ha="center", va="center")
+    left.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), title="dark: new, light: old; arrow: written next", xlabel="slots of the ring")
     student, teacher = walk(momentum)
     now = min(step, len(student) - 1)
     sns.lineplot({"student": student, "teacher": teacher}, ax=right, dashes=False)
@@ -205,7 +213,7 @@ def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pa
     right.set(xlabel="step", ylabel="a weight", title=f"oldest key: {oldest} steps; since then the student moved {moved[0]:.2f}, the teacher {moved[1]:.2f}"); right.title.set_size(10)
     return figure
 
-# %% ../nbs/14_explore.ipynb #1152af50
+# %% ../nbs/14_explore.ipynb #7aa629bd
 def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher's; (B,) true ids; share of labels that are wrong
     "Labels, the teacher's opinion, and the mixture; boxes: the truth."
     import seaborn as sns
@@ -215,36 +223,11 @@ def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher
         if wrong: labels[row] = wrong[0]
     hard, truth = id_targets(labels, ids), ids[:, None] == ids
     figure, axes = sheet(10, 3.9, 1, 3)
-    for axis, table, name in zip(axes[0], (hard, logits.float().softmax(1), soft_targets(logits, hard, alpha)), ("labels", "teacher", f"targets, alpha {alpha:g}")):
-        sns.heatmap(table.numpy(), ax=axis, vmin=0, vmax=1, cmap="rocket_r", cbar=False, square=True, annot=len(ids) <= 8, fmt=".2f", annot_kws={"size": 8}, xticklabels=ids.tolist(), yticklabels=ids.tolist())
+    tables = {"labels": hard, "teacher": logits.float().softmax(1), f"targets, alpha {alpha:g}": soft_targets(logits, hard, alpha)}
+    for axis, (name, table) in zip(axes[0], tables.items()):
+        sns.heatmap(table.numpy(), ax=axis, vmin=0, vmax=1, cmap="rocket_r", cbar=False, square=True, annot=len(ids) <= 8, fmt=".2f",
+                    annot_kws={"size": 8}, xticklabels=ids.tolist(), yticklabels=ids.tolist())
         for row, column in truth.nonzero().tolist(): axis.add_patch(_box(column, row))
-        axis.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{name}: {(table * truth).sum(1).mean():.0%} right"); axis.tick_params(labelsize=8, rotation=0)
-    return figure
-
-# %% ../nbs/14_explore.ipynb #28ccc568
-def fine_table(model, embeddings, most=32):  # SpeechImageModel, retrieval.Embeddings
-    "Coarse scores as the model re-ranks with them, and the fine scores of each recording's best; -inf for the others. Twice (n, m)."
-    coarse = embeddings.speech @ embeddings.image.T
-    best = coarse.topk(min(most, coarse.shape[1]), 1).indices                            # (n, most)
-    queries = torch.arange(len(coarse)).repeat_interleave(best.shape[1])
-    fine = torch.full_like(coarse, -torch.inf)
-    fine[queries, best.flatten()] = pair_scorer(model, embeddings)(queries, best.flatten())
-    return coarse / model.temperature.item() if model.config.score_mode == "logits" else coarse, fine
-
-
-def show_recall(coarse, fine, image_of, k=16, at=1, mode="sum"):  # from fine_table; (n,); candidates; answers looked at; "sim" or "sum", as in rerank
-    "Recall after re-ranking the best k, for many k, below the coarse recall at k."
-    import seaborn as sns
-    most = int(fine.isfinite().sum(1).min())
-    k, score, recall = max(1, min(k, most)), lambda query, candidate: fine[query, candidate], lambda scores, n: recall_at_k(scores, image_of, (n,))["speech_to_image"][n]
-    ks = sorted({k, most, *(2**n for n in range(12) if 2**n < most)})
-    lines = {"ceiling: coarse recall at k": [recall(coarse, max(one, at)) for one in ks], "coarse": [recall(coarse, at)] * len(ks)}
-    lines |= {f"fine, {way}": [recall(rerank(coarse, score, one, way), at) for one in ks] for way in ("sim", "sum")}
-    figure, ((axis,),) = sheet(8, 4)
-    for (name, line), colour in zip(lines.items(), sns.color_palette()):
-        chosen = name == f"fine, {mode}"
-        sns.lineplot(x=ks, y=line, ax=axis, label=name, color=colour, marker="o" if name.startswith("fine") else None, linestyle=":" if name == "coarse" else "-", linewidth=3 if chosen else 1.5)
-    axis.axvline(k, color="crimson", linewidth=1); axis.minorticks_off()
-    value = lines[f"fine, {mode}"][ks.index(k)]
-    axis.set(xscale="log", xlabel="k, candidates that are re-ranked", ylabel=f"recall at {at} [%]", xticks=ks, xticklabels=ks, title=f"k = {k}: {value:.1f} % of at most {lines['ceiling: coarse recall at k'][ks.index(k)]:.1f} %")
+        axis.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{name}: {(table * truth).sum(1).mean():.0%} right")
+        axis.tick_params(labelsize=8, rotation=0)
     return figure

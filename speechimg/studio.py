@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRONT', 'LOOK', 'received', 'show_answers', 'make_front', 'Studio']
 
-# %% ../nbs/14b_studio.ipynb #8b5e710d
+# %% ../nbs/14b_studio.ipynb #ba8cc6d0
 from base64 import b64encode
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from .model import read_wave
 from .pairs import uri
 from .retrieval import open_gallery, search
 
-# %% ../nbs/14b_studio.ipynb #956a25e6
+# %% ../nbs/14b_studio.ipynb #8999fca2
 def received(content,           # {"kind": "recording"}, or {"kind": "file", "name": ...}
              buffers,           # what came with it: 16-bit numbers at 16 kHz, or the bytes of a file
              max_seconds=20.):  # keep one second more than that, so that one can tell that it was longer
@@ -31,7 +31,7 @@ def received(content,           # {"kind": "recording"}, or {"kind": "file", "na
     if content.get("kind") != "recording" or len(data) % 2: raise InputError(name, "did not arrive whole", "record it again")
     return torch.from_numpy(np.frombuffer(data, "<i2")[: int((max_seconds + 1) * SAMPLE_RATE)].astype(np.float32) / 32767)
 
-# %% ../nbs/14b_studio.ipynb #a564f981
+# %% ../nbs/14b_studio.ipynb #a20fd70b
 def show_answers(wave, corpus, hits, top=5, right=(), title=""):  # (n,), Corpus, retrieval.Hit; places of pictures to frame in green
     "What was said, the best pictures of the coarse stage, and those of the fine one."
     from matplotlib.patches import Rectangle
@@ -49,7 +49,7 @@ def show_answers(wave, corpus, hits, top=5, right=(), title=""):  # (n,), Corpus
             if hit.picture in right: axis.add_patch(Rectangle((0, 0), 149, 149, fill=False, edgecolor="limegreen", linewidth=5))
     return figure
 
-# %% ../nbs/14b_studio.ipynb #fa1891f5
+# %% ../nbs/14b_studio.ipynb #5334075b
 FRONT = r"""
 const RATE = 16000, LARGEST = 8e6;
 const TAP = `registerProcessor("tap", class extends AudioWorkletProcessor {
@@ -89,10 +89,12 @@ async function listen(push) {  // opens the microphone; push gets every piece of
 
 function render({ model, el }) {
   const most = model.get("max_seconds"), bar = make("div", "bar"), record = make("button", "record", "● record"), file = make("input", "file");
-  const level = make("meter", "level"), clock = make("span", "elapsed"), message = make("p", "message"), heard = make("div", "heard"), ranks = make("div", "ranks"), clips = make("div", "clips");
+  const level = make("meter", "level"), clock = make("span", "elapsed"), message = make("p", "message");
+  const heard = make("div", "heard"), ranks = make("div", "ranks"), clips = make("div", "clips");
   file.type = "file"; file.accept = "audio/*,.wav,.flac,.ogg,.mp3"; message.setAttribute("role", "status"); level.max = 1;
   bar.append(record, level, clock, file); el.classList.add("speechimg-studio"); el.append(bar, message, heard, ranks, clips);
-  let microphone = null, pieces = [], count = 0; const say = text => { message.textContent = text; }, time = () => { clock.textContent = `${(microphone ? count / microphone.rate : 0).toFixed(1)} s of ${most} s`; };
+  let microphone = null, pieces = [], count = 0; const say = text => { message.textContent = text; };
+  const time = () => { clock.textContent = `${(microphone ? count / microphone.rate : 0).toFixed(1)} s of ${most} s`; };
   const send = (content, data) => { say("searching ..."); model.send(content, undefined, [data.buffer ?? data]); };
   time();
 
@@ -182,7 +184,7 @@ def make_front(max_seconds):
         number = traitlets.Int(0).tag(sync=True)         # of answers so far: changes last, so that the page draws once
     return Front(max_seconds=max_seconds)
 
-# %% ../nbs/14b_studio.ipynb #e2cc393e
+# %% ../nbs/14b_studio.ipynb #26d3d2a7
 class Studio:
     "Say what you are looking for, or choose a file; click a picture to hear how others described it."
 

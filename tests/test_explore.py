@@ -15,10 +15,11 @@ from torch.testing import assert_close
 from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus
 from speechimg.distillation import soft_targets
-from speechimg.explore import explore, fine_table, log_mel, mean_of_eight, pick_batch, png, sheet, show_queue, show_recall, show_similarities, show_spectrogram, show_targets, walk
+from speechimg.explore import explore, log_mel, mean_of_eight, pick_batch, png, sheet, show_queue, show_similarities, show_spectrogram, show_targets, walk
 from speechimg.mining import negative_probabilities
 from speechimg.model import SpeechImageModel
-from speechimg.pairs import hardest, hear_negatives, heat, play_matching, players, read_together, show_matching, show_negatives, show_strip, uri
+from speechimg.pairs import (fine_table, hardest, hear_negatives, heat, play_matching, players, read_together, show_matching, show_negatives, show_recall,
+                             show_strip, uri)
 from speechimg.queue import EmbeddingQueue
 from speechimg.retrieval import Embeddings, embed, load_features, recall_at_k, search, two_stages
 from speechimg.sic import id_targets, sic_loss, similarity_logits
@@ -157,22 +158,6 @@ def test_targets_of_one_pair_and_of_one_image():
     assert "labels: 100% right" in titles(show_targets(torch.zeros(3, 3), torch.tensor([4, 4, 4]), noise=1.))
 
 
-def test_recall_is_the_librarys(model, seen):
-    coarse, fine = fine_table(model, seen, most=6)
-    assert (fine.isfinite().sum(1) == 6).all()
-    for k, at in ((1, 1), (4, 1), (4, 5)):
-        figure = labelled(show_recall(coarse, fine, seen.image_of, k, at, "sim"))
-        expected = recall_at_k(two_stages(model, seen, k)[1], seen.image_of, (at,))["speech_to_image"][at]
-        ceiling = recall_at_k(coarse, seen.image_of, (max(k, at),))["speech_to_image"][max(k, at)]
-        assert titles(figure) == f"k = {k}: {expected:.1f} % of at most {ceiling:.1f} %" and expected <= ceiling + 1e-6
-
-
-def test_recall_with_more_candidates_than_pictures():
-    scores = torch.randn(5, 3)
-    assert titles(labelled(show_recall(scores, scores, torch.tensor([0, 1, 2, 0, 1]), k=99))).startswith("k = 3:")
-    labelled(show_recall(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]), k=0))
-
-
 # sliders
 
 
@@ -261,6 +246,22 @@ def test_matching_shows_the_scores_of_the_library(model, corpus, seen):
 def test_matching_needs_a_fusion(corpus):
     bare = SpeechImageModel(Config(towers="small", width=16, dim=8, fusion_depth=0, heads=2)).eval()
     with pytest.raises(InputError, match="no fusion blocks"): read_together(bare, torch.zeros(8000), [corpus.load_picture(0)])
+
+
+def test_recall_is_the_librarys(model, seen):
+    coarse, fine = fine_table(model, seen, most=6)
+    assert (fine.isfinite().sum(1) == 6).all()
+    for k, at in ((1, 1), (4, 1), (4, 5)):
+        figure = labelled(show_recall(coarse, fine, seen.image_of, k, at, "sim"))
+        expected = recall_at_k(two_stages(model, seen, k)[1], seen.image_of, (at,))["speech_to_image"][at]
+        ceiling = recall_at_k(coarse, seen.image_of, (max(k, at),))["speech_to_image"][max(k, at)]
+        assert titles(figure) == f"k = {k}: {expected:.1f} % of at most {ceiling:.1f} %" and expected <= ceiling + 1e-6
+
+
+def test_recall_with_more_candidates_than_pictures():
+    scores = torch.randn(5, 3)
+    assert titles(labelled(show_recall(scores, scores, torch.tensor([0, 1, 2, 0, 1]), k=99))).startswith("k = 3:")
+    labelled(show_recall(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]), k=0))
 
 
 def test_sounds_and_pictures_in_pages(corpus):
