@@ -6,7 +6,7 @@
 __all__ = ['sheet', 'png', 'Explorer', 'explore', 'mel_transform', 'log_mel', 'mean_of_eight', 'show_spectrogram', 'pick_batch',
            'show_similarities', 'walk', 'show_queue', 'show_targets']
 
-# %% ../nbs/14_explore.ipynb #01186f99
+# %% ../nbs/14_explore.ipynb #d9922839
 from base64 import b64encode
 from functools import cache
 from html import escape
@@ -23,7 +23,7 @@ from .distillation import soft_targets
 from .queue import EmbeddingQueue, make_teacher, update_momentum
 from .sic import id_targets, sic_loss
 
-# %% ../nbs/14_explore.ipynb #edf99f69
+# %% ../nbs/14_explore.ipynb #3bef89da
 def sheet(width, height,  # inches
           rows=1, columns=1, **ratios):
     "A Figure in the project's look, and its axes (rows, columns)."
@@ -42,7 +42,7 @@ def png(figure):
     Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../nbs/14_explore.ipynb #2f3ba8ee
+# %% ../nbs/14_explore.ipynb #478ac527
 class Explorer:
     "Sliders over a function that draws, the drawing, a line for messages, and perhaps something to hear."
 
@@ -86,7 +86,7 @@ def explore(function,    # draws: named values -> Figure
     "Sliders that call a function; they start at its defaults."
     return Explorer(function, hear, live, controls)
 
-# %% ../nbs/14_explore.ipynb #1de858d5
+# %% ../nbs/14_explore.ipynb #560162e3
 @cache
 def mel_transform(window, hop):  # samples
     "speech.mel_power for any window and hop."
@@ -132,7 +132,7 @@ def show_spectrogram(wave, window_ms=25, hop_ms=10, reader=mean_of_eight, max_se
     axes[2, 0].set_xlabel("second")
     return figure
 
-# %% ../nbs/14_explore.ipynb #cd8e1337
+# %% ../nbs/14_explore.ipynb #78e25f8e
 def pick_batch(image_of, pairs=8, captions_per_image=1):  # (n,) picture of each recording
     "(B,) rows of a batch, so many captions per picture, and the rows of all other pictures, for the queue."
     order, counts, rows = image_of.argsort(stable=True).tolist(), {}, []
@@ -171,7 +171,7 @@ def _box(column, row):
     from matplotlib.patches import Rectangle
     return Rectangle((column, row), 1, 1, fill=False, edgecolor="teal", linewidth=2)
 
-# %% ../nbs/14_explore.ipynb #ebfcfe21
+# %% ../nbs/14_explore.ipynb #b201e568
 @cache
 def walk(momentum, steps=200):  # cached: sliders ask for the same ones again
     "One weight of a student in training, and of its teacher: two lists."
@@ -209,11 +209,11 @@ def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pa
     now = min(step, len(student) - 1)
     sns.lineplot({"student": student, "teacher": teacher}, ax=right, dashes=False)
     right.axvspan(max(0, now - oldest), now, color="grey", alpha=.25); right.axvline(now, color="crimson", linewidth=1)
-    moved = [abs(path[now] - path[max(0, now - oldest)]) for path in (student, teacher)]
-    right.set(xlabel="step", ylabel="a weight", title=f"oldest key: {oldest} steps; since then the student moved {moved[0]:.2f}, the teacher {moved[1]:.2f}"); right.title.set_size(10)
+    since = [np.ptp(path[max(0, now - oldest): now + 1]) for path in (student, teacher)]  # highest minus lowest
+    right.set(xlabel="step", ylabel="a weight", title=f"oldest key: {oldest} steps; range since then: student {since[0]:.2f}, teacher {since[1]:.2f}"); right.title.set_size(10)
     return figure
 
-# %% ../nbs/14_explore.ipynb #7aa629bd
+# %% ../nbs/14_explore.ipynb #1e4a80ea
 def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher's; (B,) true ids; share of labels that are wrong
     "Labels, the teacher's opinion, and the mixture; boxes: the truth."
     import seaborn as sns
