@@ -6,7 +6,7 @@
 __all__ = ['FILM', 'uri', 'players', 'hardest', 'show_negatives', 'hear_negatives', 'Matching', 'read_together', 'heat',
            'show_matching', 'show_strip', 'play_matching', 'fine_table', 'show_recall']
 
-# %% ../nbs/14a_pairs.ipynb #58e00d0f
+# %% ../nbs/14a_pairs.ipynb #0053bc38
 from base64 import b64encode
 from html import escape
 from io import BytesIO
@@ -25,7 +25,7 @@ from .mining import negative_probabilities
 from .retrieval import embed, judging, pair_scorer, recall_at_k, rerank
 from .sic import similarity_logits
 
-# %% ../nbs/14a_pairs.ipynb #a56fccdb
+# %% ../nbs/14a_pairs.ipynb #e2d6d0c3
 def uri(content, side=192):  # a PIL picture, shown at most so large, or a wave (n,) at 16 kHz
     "An address that holds all its bytes: WebP, or MP3, which every browser plays at a fifth of the size of WAV."
     import soundfile
@@ -43,7 +43,7 @@ def players(sounds):  # pairs of a text and a wave
              f'<audio controls preload="none" style="height:32px;flex:none;width:240px" src="{uri(wave)}"></audio><span>{escape(text)}</span></div>' for text, wave in sounds)
     return f'<div class="speechimg-sounds">{"".join(lines)}</div>'
 
-# %% ../nbs/14a_pairs.ipynb #ec853c81
+# %% ../nbs/14a_pairs.ipynb #402789dd
 def hardest(embeddings, rows, anchor=0, temperature=.07, shown=5):  # (B,) rows of the batch, the place of one in it
     "Its wrong partners, likeliest first: [(place in the batch, probability), ...]."
     ids = embeddings.image_of[rows]
@@ -74,7 +74,7 @@ def hear_negatives(corpus, embeddings, rows, anchor=0, temperature=.07, shown=3)
     places = [(anchor, "the pair"), *((place, f"{chance:.1%}") for place, chance in hardest(embeddings, rows, anchor, temperature, shown))]
     return players((f"{name}: {corpus.captions[int(rows[place])].text}", corpus.load_wave(int(rows[place]), 20.)) for place, name in places)
 
-# %% ../nbs/14a_pairs.ipynb #b298c3b7
+# %% ../nbs/14a_pairs.ipynb #d743356f
 class Matching(NamedTuple):
     "One recording, read together with some pictures."
     wave: torch.Tensor      # (n,) what was read of it
@@ -157,7 +157,7 @@ def play_matching(matching, head=0):
     parts = {"sound": uri(matching.wave), "pictures": "".join(boxes), "seconds": [round(one, 3) for one in matching.seconds.tolist()]}
     return FILM % {"name": f"film-{sha256(str(parts))[:12]}", **parts}
 
-# %% ../nbs/14a_pairs.ipynb #0ce57a81
+# %% ../nbs/14a_pairs.ipynb #494bc908
 def fine_table(model, embeddings, most=32):  # SpeechImageModel, retrieval.Embeddings
     "Coarse scores as the model re-ranks with them, and the fine scores of each recording's best; -inf for the others. Twice (n, m)."
     coarse = embeddings.speech @ embeddings.image.T
