@@ -33,7 +33,8 @@ FLOORS = [
     {"alignment", "retrieval"},
     {"runs"},
     {"train", "explore", "plan", "page"},
-    {"cli", "benchmark", "course"},
+    {"pairs"},
+    {"studio", "cli", "benchmark", "course"},
 ]
 NEIGHBOURS = {  # the allowed looks sideways
     "layouts": {"store"},

@@ -2,7 +2,7 @@
 
     python tools/notebooks.py test [07_sic ...]  # nbdev_test, two at a time, each one timed
     python tools/notebooks.py run [07_sic ...]   # run in place and keep the outputs, then clean
-    python tools/notebooks.py export             # ids, nbdev_clean, nbdev_export
+    python tools/notebooks.py export             # ids, no dead sliders, nbdev_clean, nbdev_export
 
 Named without folder or ending; no name means all of them.
 """
@@ -90,6 +90,20 @@ def give_ids(root: Path) -> None:
         write(path, notebook)
 
 
+def keep_pictures(root: Path) -> None:
+    "Where sliders brought a picture along, keep the picture: a stored slider leads to a process that is no more, and JupyterLab shows an error in its place."
+    slider = "application/vnd.jupyter.widget-view+json"
+    for path in paths(root):
+        notebook = read(path)
+        shown = [output["data"] for cell in notebook["cells"] for output in cell.get("outputs", []) if "data" in output]
+        for data in shown:
+            if "image/png" in data:
+                data.pop(slider, None)
+        if not any(slider in data for data in shown):
+            notebook.get("metadata", {}).pop("widgets", None)  # hundreds of kB that nothing points at any more
+        write(path, notebook)
+
+
 def nbdev(root: Path, module: str, name: str, arguments: str = "") -> subprocess.CompletedProcess:
     "Call one of nbdev's commands in a process of its own, with `root` as the project."
     variables = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
@@ -98,8 +112,9 @@ def nbdev(root: Path, module: str, name: str, arguments: str = "") -> subprocess
 
 
 def export(root: Path) -> None:
-    "Ids, nbdev_clean, nbdev_export: what must have happened before a notebook is committed."
+    "Ids, no dead sliders, nbdev_clean, nbdev_export: what must have happened before a notebook is committed."
     give_ids(root)
+    keep_pictures(root)
     for module, name in (("clean", "nbdev_clean"), ("doclinks", "nbdev_export")):
         done = nbdev(root, module, name)
         if done.returncode != 0:
