@@ -1,6 +1,7 @@
 "Speed: a tiny version of each part of tools/bench.py, the report, and what must hold for the figures to mean anything."
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_a_tiny_version_of_each_part(part, monkeypatch):
     said = []
     report = bench.bench([part], quick=True, say=said.append)
     assert json.loads(json.dumps(report)) == report and report[part]["figures"]
-    assert all(one["value"] >= 0 for one in report[part]["figures"].values())
+    for name, one in report[part]["figures"].items():  # at sizes this small a growth is noise, and may fall
+        assert math.isfinite(one["value"]) and (one["value"] >= 0 or one["unit"] == "exponent"), name
     assert set(report[part]["machine"]) >= {"cores", "threads", "instructions", "torch"} and "before" not in report[part]
     assert bench.table(report).count("\n") == 2 + len(report[part]["figures"]) and len(said) >= len(report[part]["figures"])
     if part == "rerank": assert all(one["met"] for name, one in report[part]["figures"].items() if "order" in name)
