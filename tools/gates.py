@@ -38,7 +38,6 @@ FLOORS = [
 ]
 NEIGHBOURS = {  # the allowed looks sideways
     "layouts": {"store"},
-    "batching": {"data"},
     "corpora": {"data", "store", "layouts"},
     "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
     "pretrained": {"speech", "image"},  # the same, and the white square of 04
