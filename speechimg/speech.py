@@ -139,7 +139,7 @@ def peak(tokens,  # (B, T, w)
          mask,    # (B, T) bool, True = valid; None = all
         ):
     "(B, w): how strongly each feature is present anywhere, at least 0. A mean would fade in a longer clip."
-    return clean(tokens, mask).amax(1).relu()
+    return clean(tokens, mask).max(1).values.relu()  # not amax: compiled in half precision, its backward finds no token as large as the peak, and divides by 0
 
 # %% ../nbs/03_speech.ipynb #22fc69c9
 class Reader(nn.Module):
