@@ -47,8 +47,8 @@ def test_rows_differ_in_nothing_but_the_method():
 def test_noise_differs_in_nothing_but_alpha_and_labels():
     for run in results.plan():
         if run.experiment == "noise":
-            assert PLAN[run.start].noise == run.noise in (20, 40) and PLAN[run.start].seed == run.seed
-            with_it = PLAN[run.name.replace("without", "with")]
+            assert PLAN[run.start].noise == run.noise in (0, 20, 40) and PLAN[run.start].seed == run.seed
+            with_it = PLAN[run.name.replace("without", "with") if run.noise else f"ablation/+ queue/{run.seed}"]
             assert {name for name in with_it.config if with_it.config[name] != run.config[name]} <= {"alpha"}
 
 
