@@ -49,7 +49,7 @@ def test_noise_differs_in_nothing_but_alpha_and_labels():
         if run.experiment == "noise":
             assert PLAN[run.start].noise == run.noise in (0, 20, 40) and PLAN[run.start].seed == run.seed
             with_it = PLAN[run.name.replace("without", "with") if run.noise else f"ablation/+ queue/{run.seed}"]
-            assert {name for name in with_it.config if with_it.config[name] != run.config[name]} <= {"alpha"}
+            assert {name for name in {**with_it.config, **run.config} if with_it.config.get(name) != run.config.get(name)} <= {"alpha"}
 
 
 def test_every_config_is_accepted_and_every_measure_exists():
