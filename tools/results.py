@@ -98,7 +98,7 @@ def plan() -> list[Run]:
         for heat in (0.02, 0.2):
             fixed = {"temperature": heat, "temperature_min": heat, "temperature_max": heat}
             add("temperature", f"fixed at {heat}", seed, STAGE_2 | COARSE | fixed | {"seed": seed}, first[seed])
-        add("negatives", "3", seed, STAGE_2 | {"alpha": 0.0, "negatives_per_anchor": 3, "seed": seed}, first[seed])
+        add("negatives", "2", seed, STAGE_2 | {"alpha": 0.0, "negatives_per_anchor": 2, "seed": seed}, first[seed])
     return runs
 
 
