@@ -27,7 +27,7 @@ from notebooks import ROOT, body, directives, source
 # The floors of the house. A module imports only from floors below its own, and from NEIGHBOURS.
 FLOORS = [
     {"core"},
-    {"attention"},
+    {"attention", "overview"},
     {"data", "batching", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub"},
     {"model"},
     {"alignment", "retrieval"},
