@@ -184,9 +184,10 @@ def data_dir():
     wished = os.environ.get("SPEECHIMG_DATA")
     if wished and not Path(wished).is_dir(): raise InputError(f"SPEECHIMG_DATA={wished}", "is not a folder", "point it at the project's data folder")
     clone = [Path(__file__).resolve().parent.parent] if "__file__" in globals() else []  # a notebook has no __file__
-    folders = [Path(wished)] if wished else [folder / "data" for folder in (*clone, Path.cwd(), *Path.cwd().parents)]
-    for folder in filter(Path.is_dir, folders): return folder
-    raise InputError("data", "the folder with the shipped corpora was not found", "run inside the clone or set SPEECHIMG_DATA to its data folder")
+    if wished: return Path(wished)
+    for folder in (*clone, Path.cwd(), *Path.cwd().parents):
+        if (folder / "data" / "scenes.zip").is_file(): return folder / "data"              # other projects have a folder of that name, too
+    raise InputError("data", "the folder with the shipped corpora was not found", "a clone of the project holds it: run inside the clone or set SPEECHIMG_DATA to its data folder")
 
 def cache_dir():
     "Folder for things computed once: $SPEECHIMG_CACHE, else ~/.cache/speechimg; made if missing. Raises InputError."

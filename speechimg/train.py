@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .alignment import Alignment, encode
 from .core import InputError, atomic_write, default_device, seed_everything, write_json
 from .corpora import find, load_corpus, splits
-from .batching import augment, epoch_batches
+from .batching import augment, epoch_batches, one_ahead
 from .data import collate, sha256
 from .distributed import average, processes, row_counts, sum_over_all, world, zero_first
 from .hubert import rate_factors
@@ -35,7 +35,7 @@ def learning_rate(config, step):  # Config, optimiser steps done so far
 
 
 def make_optimizer(model, config):  # SpeechImageModel on its device, Config: learning_rate, weight_decay, layer_decay
-    "AdamW in which only weights of matrices and kernels decay: not biases, norms, [CLS], position codes, temperature. What is frozen is left out."
+    "AdamW in which only weights of matrices and kernels decay: not biases, norms, [CLS], position codes, temperature, nor those of a GRU. What is frozen is left out."
     groups, factors = {}, layer_rates(model, config.layer_decay)
     for name, p in model.named_parameters():                               # position codes are bare, not a .weight
         if p.requires_grad: groups.setdefault((p.ndim <= 1 or not name.endswith(".weight"), factors.get(name, 1.)), []).append(p)
@@ -200,7 +200,7 @@ def _train(config, corpus, out, resume, on_error, limit, towers, start, on_step,
     ahead = torch.utils.data.DataLoader(Steps(config, features["train"]), None, sampler=batches(config, features["train"], done), num_workers=config.workers)
     with open_log(out / "log.csv", done) if first else nullcontext() as log, board(config, out, first) as show, \
          tqdm(total=config.steps, initial=done, desc="training", disable=not (progress and first)) as bar:
-        for step, epoch, parts, state in ahead:
+        for step, epoch, parts, state in one_ahead(ahead):
             if isinstance(parts, InputError): raise parts
             generator, done = torch.Generator().set_state(state), step + 1
             try: outputs, norm = train_step(stepper, optimizer, [part.to(device) for part in parts], step, generator)

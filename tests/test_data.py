@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from types import SimpleNamespace as Simple
@@ -20,7 +21,7 @@ from test_core import ROOT, complaint
 
 from speechimg import data
 from speechimg.corpora import load_corpus
-from speechimg.core import memory_limit
+from speechimg.core import InputError, memory_limit
 from speechimg.batching import augment, epoch_batches
 from speechimg.data import Batch, FeatureCache, Features, collate, decode_audio, decode_image, sha256, speech_mask
 
@@ -665,3 +666,44 @@ def test_miniature_files_are_what_they_seem():
     assert len({files[entry["image"]] for entry in entries}) == 12
     assert make_files(12, 2) == files and make_files(12, 2, seed=1) != files
     assert all(decode_image(files[entry["image"]], "").size == (96, 96) for entry in entries)
+
+
+# One batch ahead
+
+
+@given(st.lists(st.integers(), max_size=9), st.integers(0, 9))
+def test_one_ahead_changes_nothing(items, broken):
+    "The same items in the same order; what fetching one of them raises comes after those before it."
+    from speechimg.batching import one_ahead
+
+    def source():
+        for place, item in enumerate(items):
+            if place == broken: raise InputError(f"item {place}", "is broken", "mend it")
+            yield item
+    seen = []
+    try:
+        for item in one_ahead(source()): seen.append(item)
+        assert broken >= len(items)
+    except InputError as error: assert f"item {broken}" in str(error)
+    assert seen == items[:broken]
+
+
+def test_one_ahead_fetches_while_the_last_one_is_used():
+    from speechimg.batching import one_ahead
+    fetched, began = [], threading.Event()
+
+    def source():
+        for number in range(3):
+            fetched.append(number)
+            if number: began.set()
+            yield number
+    for item in one_ahead(source()):
+        if item == 0: assert began.wait(10)             # the next one is on its way, though this one is in use
+    assert fetched == [0, 1, 2]
+
+
+def test_a_loop_that_is_left_early_ends():
+    "An interrupted training must not hang at its end, waiting for a batch that nobody wants."
+    code = "from speechimg.batching import one_ahead\nfor item in one_ahead(iter(range(10**9))):\n    if item == 5: raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr

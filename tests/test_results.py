@@ -111,6 +111,7 @@ def results_features(model, mini):
 def test_the_committed_lines_are_those_of_the_plan():
     "Same settings as the plan asks for, from a commit, within the quarter of an hour that a run may take."
     defaults = Config().to_dict()
+    assert list(results.finished()) == [name for name in PLAN if name in results.finished()]  # in its order, too
     for name, line in results.finished().items():
         run = PLAN[name]
         assert line["config"] == {key: value for key, value in run.config.items() if value != defaults[key]}, name

@@ -135,13 +135,14 @@ def loader(quick):
     "Batches made by one worker while the step runs: how long the step waits, of what the batches take"
     import torch
 
+    from speechimg.batching import one_ahead
     from speechimg.train import Steps, train_step
     shop, count = workshop(quick, workers=1), 6 if quick else 24
     items = (shop.items * count)[:count]
     work = [lambda item=item: shop.steps[item] for item in items]
     alone = sum(seconds(one) for one in work)
     waits, steps = [], []
-    source = iter(torch.utils.data.DataLoader(Steps(shop.config, shop.features), None, sampler=items, num_workers=1))
+    source = one_ahead(torch.utils.data.DataLoader(Steps(shop.config, shop.features), None, sampler=items, num_workers=1))
     for _ in items:
         begin = time.perf_counter()
         number, _, parts, state = next(source)

@@ -98,6 +98,8 @@ def plan() -> list[Run]:
         for heat in (0.02, 0.2):
             fixed = {"temperature": heat, "temperature_min": heat, "temperature_max": heat}
             add("temperature", f"fixed at {heat}", seed, STAGE_2 | COARSE | fixed | {"seed": seed}, first[seed])
+        from_queue = ROWS["+ matching, hard negatives of the queue"] | {"negative_sampling": "random", "seed": seed}
+        add("queue negatives", "random", seed, from_queue, first[seed])  # is it the queue, or how hard its negatives are?
         add("negatives", "2", seed, STAGE_2 | {"alpha": 0.0, "negatives_per_anchor": 2, "seed": seed}, first[seed])
     return runs
 
@@ -364,12 +366,13 @@ def commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the experiments of nbs/15_results.ipynb that are missing.")
-    parser.add_argument("experiments", nargs="*", help="only these: stage 1, ablation, languages, depth, noise, siblings, queue size, momentum, temperature, negatives")
+    parser.add_argument("experiments", nargs="*", help="only these: stage 1, ablation, languages, depth, noise, siblings, queue size, momentum, temperature, queue negatives, negatives")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help="start no run after so many minutes")
     options = parser.parse_args()
+    from speechimg.core import atomic_write
     runs = plan()
     if options.one:
         carry_out(next(run for run in runs if run.name == options.one))
@@ -417,7 +420,10 @@ def main() -> int:
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             print(f"done    {name}  {line['seconds']:.0f} s", flush=True)
-    print(f"{len(finished())} of {len(runs)} runs are in {RESULTS.relative_to(ROOT)}")
+    lines = finished()
+    with atomic_write(RESULTS, "w") as file:  # in the order of the plan
+        file.writelines(json.dumps(lines[run.name]) + "\n" for run in runs if run.name in lines)
+    print(f"{len(lines)} of {len(runs)} runs are in {RESULTS.relative_to(ROOT)}")
     return 1 if failed else 0
 
 
