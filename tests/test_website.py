@@ -116,7 +116,12 @@ def test_what_is_broken_is_named(site, tmp_path):
 # Its parts
 
 
+def test_a_site_that_was_not_built_is_not_fine(tmp_path):
+    assert website.problems(tmp_path / "site") == ["index.html: is not here; run `make site`"]
+
+
 def test_links_that_are_fine(tmp_path):
+    (tmp_path / "index.html").touch()
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "page.html").write_text('<p id="ü">x</p>')
     (tmp_path / "page.html").write_text(

@@ -103,7 +103,7 @@ def write_sources(root: Path, folder: Path) -> None:
             add(shown, f"In the reference: [speechimg.{name}](api/{name}.md).")
     rows = "".join(f"| [{name}]({name}.md) | {text} |\n" for name, text in modules.items())
     tree = "```{toctree}\n:hidden:\n\n" + "\n".join(modules) + "\n```\n"
-    (folder / "api" / "index.md").write_text(f"# The library\n\n| module | the idea |\n|---|---|\n{rows}\n{tree}", encoding="utf-8")
+    (folder / "api" / "index").with_suffix(".md").write_text(f"# The library\n\n| module | the idea |\n|---|---|\n{rows}\n{tree}", encoding="utf-8")
     measured = []
     for path in sorted((root / "data").rglob("*.md")):
         place = path.relative_to(root)
@@ -202,7 +202,7 @@ def problems(folder: Path) -> list[str]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     templates = ("_static/webpack-macros.html", "_static/sbt-webpack-macros.html")  # of the theme; nobody opens them
     pages = {name: Links(path.read_text(encoding="utf-8")) for name, path in files.items() if path.suffix in (".html", ".css") and name not in templates}
-    found = []
+    found = [] if "index.html" in files else ["index.html: is not here; run `make site`"]
     for name, links in pages.items():
         for link in dict.fromkeys(links.needs + links.targets):
             parts = urlsplit(link)
