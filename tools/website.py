@@ -29,7 +29,7 @@ from reference import reference, summary
 PARTS = {"Start": 0, "Data": 2, "Towers": 5, "The coarse stage": 7, "The fine stage": 9, "All together": 13, "Look": 14, "Results": 15, "At scale": 17, "In use": 99}
 # titles of pages of data/ that have none of their own
 TITLES = {"bench": "Speed, in figures", "soak": "Reliability, in figures", "reference": "Model `reference`", "small": "Model `small`"}
-WIDE = 600  # pixels, from which a picture is unreadable where a phone would shrink it
+WIDE = 900  # pixels, above which a picture cannot be read once a phone has shrunk it
 SLIDER = "application/vnd.jupyter.widget-view+json"
 
 
