@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Every path is relative, so the folder's own name may hold spaces.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench results gates lab install dev export readme notebooks corpora reference small clean
+.PHONY: help demo test check soak bench results site gates lab install dev export readme notebooks corpora reference small clean
 PYTHON ?= python3
 PY := .venv/bin/python
 # computed features stay inside the clone, shared by the demo, the tests and the notebooks; SPEECHIMG_CACHE moves them
@@ -32,6 +32,11 @@ results: dev ## every run behind nbs/15_results.ipynb that data/results.jsonl do
 
 bench: install ## speed in figures, before and after, to data/bench.json (under 10 minutes on two free cores)
 	@$(PY) tools/bench.py
+
+site: ## build the site into site/ and check its links: notebooks, reference, results, search (about half a minute)
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 site"; exit 1; }
+	@"$(PYTHON)" tools/install.py site
+	@$(PY) tools/website.py
 
 gates: dev ## only the gates
 	@$(PY) tools/gates.py
@@ -73,5 +78,5 @@ corpora: ## build data/*.zip again from the packages that data/README.md names
 	@$(PY) data/build_stamps.py
 	@$(PY) data/describe.py --write
 
-clean: ## forget computed features and trainings (.venv stays)
-	@rm -rf .cache runs .pytest_cache .hypothesis
+clean: ## forget computed features, trainings and the site (.venv stays)
+	@rm -rf .cache runs site .pytest_cache .hypothesis

@@ -206,10 +206,10 @@ def make(*arguments):
 
 def test_make_lists_its_commands():
     text = make().stdout
-    assert all(f"make {name} " in text for name in ("demo", "test", "check", "lab", "corpora", "reference", "small", "notebooks", "readme", "export", "soak"))
+    assert all(f"make {name} " in text for name in ("demo", "test", "check", "lab", "corpora", "reference", "small", "notebooks", "readme", "export", "soak", "site"))
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "reference", "corpora", "notebooks"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "reference", "corpora", "notebooks", "site"])
 def test_make_uses_relative_paths_only(target):
     "The folder's own name may hold spaces: no recipe spells it out, and no script of `.venv/bin` is called by name."
     recipe = make("-n", target)

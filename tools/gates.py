@@ -74,7 +74,7 @@ def tree(root: Path) -> list[Path]:
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         names = subprocess.run(command, cwd=root, capture_output=True, check=True).stdout.decode().split("\0")
         return sorted({root / name for name in names if name and (root / name).is_file()})
-    hidden = {".git", ".venv", ".cache", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "runs"}
+    hidden = {".git", ".venv", ".cache", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "runs", "site"}
     return sorted(path for path in root.rglob("*") if path.is_file() and not hidden & set(path.relative_to(root).parts))
 
 
