@@ -14,7 +14,7 @@ help: ## this list
 demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (5 minutes)
 	@$(PY) tools/demo.py
 
-test: dev ## everything: gates, notebooks, tests (under 30 minutes on two cores)
+test: dev ## everything: gates, notebooks, tests (under 45 minutes on two cores)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest

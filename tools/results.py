@@ -289,8 +289,6 @@ def mined(model, run: Run) -> dict:
 
 def depth(model, run: Run) -> dict:
     "Recall and seconds against k, the number of candidates that are re-ranked, speech to picture on test."
-    import torch
-
     from speechimg.corpora import load_corpus
     from speechimg.retrieval import embed, load_features, pair_scorer, percent, rerank
 
