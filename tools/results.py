@@ -420,7 +420,8 @@ def main() -> int:
             print(f"done    {name}  {line['seconds']:.0f} s", flush=True)
     lines = finished()
     with atomic_write(RESULTS, "w") as file:  # in the order of the plan
-        file.writelines(json.dumps(lines[run.name]) + "\n" for run in runs if run.name in lines)
+        own = [name for name in lines if name not in by_name]  # what somebody added stays, at the end
+        file.writelines(json.dumps(lines[name]) + "\n" for name in [*(run.name for run in runs if run.name in lines), *own])
     print(f"{len(lines)} of {len(runs)} runs are in {RESULTS.relative_to(ROOT)}")
     return 1 if failed else 0
 
