@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 # %% ../nbs/07_sic.ipynb #8459c679
+#| exercise: sic
 def id_targets(
     ids: torch.Tensor,  # (B,) image id of each query, >= 0
     key_ids: torch.Tensor,  # (N,) image id of each key, -1 = empty slot
@@ -26,6 +27,7 @@ def id_targets(
     return same.float() / count
 
 # %% ../nbs/07_sic.ipynb #60fc8952
+#| exercise: sic
 def similarity_logits(
     queries: torch.Tensor,  # (B, d) unit length, any precision
     keys: torch.Tensor,  # (N, d) unit length
@@ -40,6 +42,7 @@ def similarity_logits(
         return queries.float() @ keys.float().T / temperature  # (B, d) x (d, N) -> (B, N)
 
 # %% ../nbs/07_sic.ipynb #090216a1
+#| exercise: sic sic_loss
 class SicOutput(NamedTuple):
     "What `sic_loss` returns."
     loss: torch.Tensor  # () float32
