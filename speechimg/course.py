@@ -14,13 +14,14 @@ from importlib.resources import files
 import torch
 from torch import nn
 
-# %% ../nbs/18_course.ipynb #67e3067b
+# %% ../nbs/18_course.ipynb #427422b2
 def shown(value, most: int = 6) -> str:
     "A value in few words: the first numbers of a tensor, the type of anything that is no plain value."
     if type(value) in (torch.Tensor, nn.Parameter):
         numbers = [f"{number:.4g}" for number in value.detach().double().flatten()[:most].tolist()]
         return f"[{', '.join(numbers)}{', ...' if value.numel() > most else ''}]"
-    return repr(value)[:200] if isinstance(value, (int, float, str, bool, list, tuple, dict, type(None))) else f"a {type(value).__name__}"
+    plain = isinstance(value, (int, float, str, bool, list, tuple, dict, type(None))) or type(value).__name__ == "Remote"  # of the sandbox: says what it stands for
+    return repr(value)[:200] if plain else f"a {type(value).__name__}"
 
 
 def place(index) -> str:

@@ -42,7 +42,7 @@ BOXES = [
     Box(2.64, 0.02, 2.24, 0.72, "11 model", "one whole step", "use", ("alignment", "hub", "distributed")),
     Box(5.08, 0.02, 2.24, 0.72, "12 retrieval", "rank, re-rank, measure", "use", ("explore", "pairs", "studio", "benchmark")),
     Box(7.52, 0.02, 2.24, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan")),
-    Box(9.96, 0.02, 2.24, 0.72, "19 cli", "the command line", "use", ("page", "course", "assignments", "sandbox", "grading")),
+    Box(9.96, 0.02, 2.24, 0.72, "19 cli", "the command line", "use", ("page", "course", "assignments", "handout", "worker", "walls", "sandbox", "grading", "gradebook", "classroom")),
 ]
 ARROWS = [  # from point to point: the way of sounds and pictures
     ((1.45, 4.65), (1.85, 3.85)), ((1.45, 2.1), (1.85, 3.35)), ((2.72, 3.15), (2.72, 2.9)), ((3.6, 2.6), (4.15, 4.6)), ((3.6, 2.45), (4.15, 3.1)),

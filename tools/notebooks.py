@@ -119,13 +119,13 @@ def export(root: Path) -> None:
         done = nbdev(root, module, name)
         if done.returncode != 0:
             raise RuntimeError(f"{name} failed:\n{done.stderr.strip()}")
-    if (root / "speechimg" / "assignments.py").exists():
+    if (root / "speechimg" / "handout.py").exists():
         write_catalogue(root)
 
 
 def write_catalogue(root: Path) -> None:
     "Write speechimg/course.json, the checks that learners may see, from the marks in the chapters."
-    code = "from pathlib import Path; from speechimg.assignments import write_catalogue; write_catalogue(Path('nbs'), Path('speechimg/course.json'))"
+    code = "from pathlib import Path; from speechimg.handout import write_catalogue; write_catalogue(Path('nbs'), Path('speechimg/course.json'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"course.json failed:\n{done.stderr.strip()}")
