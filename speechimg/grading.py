@@ -16,7 +16,7 @@ from .assignments import names_read
 from .course import run_check
 from .sandbox import Ended, Process, Sandbox
 
-# %% ../nbs/18h_grading.ipynb #0977a28b
+# %% ../nbs/18h_grading.ipynb #b1ca9d6f
 def _grade_id(cell: dict) -> str:
     "The name that nbgrader's metadata gives to a cell, or ''."
     marks = cell.get("metadata", {}).get("nbgrader", {})
@@ -48,7 +48,7 @@ def restore(
             order.append(name)
         elif cell.get("cell_type") in ("code", "markdown"):
             added.setdefault(last, []).append(cell)
-    restored = list(added.get("", []))
+    restored = [_bare(one, f"added-{number}") for number, one in enumerate(added.get("", []))]
     expected = [name for name in own if name in theirs]
     if [name for name in dict.fromkeys(order)] != expected:
         reports.append("cells were in another order: put back")
@@ -60,10 +60,14 @@ def restore(
             reports.append(f"{name}: was edited; put back")
         text = _text(cell) if marks["locked"] else _text(there) if there is not None else ""
         restored.append({**cell, "source": text})
-        for number, one in enumerate(added.get(name, [])):
-            extra = {"cell_type": one["cell_type"], "id": f"{name}-added-{number}"[:64], "metadata": {}, "source": _text(one)}
-            restored.append(extra | ({"execution_count": None, "outputs": []} if one["cell_type"] == "code" else {}))
+        restored += [_bare(one, f"{name}-added-{number}") for number, one in enumerate(added.get(name, []))]
     return {**teacher, "cells": restored}, reports
+
+
+def _bare(cell: dict, name: str) -> dict:
+    "A cell of the student's own: its text, and nothing that it says about itself."
+    bare = {"cell_type": cell["cell_type"], "id": name[:64], "metadata": {}, "source": _text(cell)}
+    return bare | ({"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {})
 
 
 def released_text(cell: dict) -> str:
