@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .attention import Block
 
 # %% ../nbs/09_sim.ipynb #a262af84
+#| exercise: sim MultimodalEncoder.hear MultimodalEncoder.judge MultimodalEncoder.attention_maps
 class MultimodalEncoder(nn.Module):
     "Speech tokens that look at image tokens, layer after layer; [CLS] gives the verdict (ALBEF section 3, ITM)."
 
@@ -92,6 +93,7 @@ class MultimodalEncoder(nn.Module):
         return torch.stack(maps, dim=1)  # depth times (n, H, T, P) -> (n, depth, H, T, P)
 
 # %% ../nbs/09_sim.ipynb #2a60bba2
+#| exercise: sim sim_loss
 def sim_loss(
     positive: torch.Tensor,  # (n, 2) logits of true pairs
     negative_image: torch.Tensor,  # (n', 2) logits of recordings with a wrong picture
