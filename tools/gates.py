@@ -27,19 +27,20 @@ from notebooks import ROOT, body, directives, source
 # The floors of the house. A module imports only from floors below its own, and from NEIGHBOURS.
 FLOORS = [
     {"core"},
-    {"attention", "overview", "course", "worker"},
-    {"data", "batching", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub", "assignments", "walls", "sandbox"},
+    {"attention", "overview", "course"},
+    {"data", "batching", "corpora", "speech", "image", "pretrained", "queue", "sic", "mining", "sim", "distillation", "distributed", "hubert", "large", "store", "layouts", "hub", "assignments", "worker", "walls", "sandbox"},
     {"model", "handout"},
     {"alignment", "retrieval"},
     {"runs"},
-    {"train", "explore", "plan", "page"},
+    {"train", "explore", "plan", "page", "project"},
     {"pairs", "grading", "gradebook", "classroom"},
     {"studio", "cli", "benchmark"},
 ]
 NEIGHBOURS = {  # the allowed looks sideways
     "gradebook": {"grading"},
     "classroom": {"gradebook", "grading"},
-    "sandbox": {"walls"},
+    "sandbox": {"worker"},
+    "walls": {"worker"},
     "layouts": {"store"},
     "corpora": {"data", "store", "layouts"},
     "image": {"speech"},  # what all towers end with (the peak, the reader) is taught once, in 03
