@@ -72,29 +72,36 @@ class Alignment(nn.Module):
                 generator=None,  # for the draw of negatives; in the same state on all processes
                ):
         "Losses and logits of one batch -> StepOutput. Teacher and queue are read, never changed."
-        config, model, queue = self.config, self.model, self.queue
+        config, model, queue, alone = self.config, self.model, self.queue, step < self.config.student_steps
+        # 1: the temperature, in place only if it must be
         limits = config.temperature_min, config.temperature_max
-        if self.training and not limits[0] <= model.temperature <= limits[1]: clamp_temperature(model.temperature, *limits)  # in place only if it must be
+        if self.training and not limits[0] <= model.temperature <= limits[1]: clamp_temperature(model.temperature, *limits)
+        # 2: the online towers read the batch
         with self.autocast(batch.ids.device):
             batch = prepared(model, batch)
             speech, image = encode(model, batch)
-        alone = step < config.student_steps
-        with torch.no_grad(), self.autocast(batch.ids.device):  # the student's own keys carry gradient all the same
-            slow_speech, slow_image = (speech, image) if alone else encode(self.teacher, batch)
+        # 3: targets, from the queue as it was before this batch
         old_speech, old_image, old_ids = queue.filled() if step >= config.queue_warmup_steps else (kept[:0] for kept in queue.filled())
         counts = row_counts(len(batch.ids), batch.ids.device)                                    # B of each process
-        ids, collect = all_rows(batch.ids, counts), all_rows_with_gradient if alone else all_rows   # (W,)
-        new_speech, new_image = collect(slow_speech.embedding, counts), collect(slow_image.embedding, counts)
-        speech_keys = torch.cat([new_speech, old_speech])                                        # (W+K, d) batch first
-        image_keys = torch.cat([new_image, old_image])
+        ids = all_rows(batch.ids, counts)                                                        # (W,)
         targets = id_targets(batch.ids, torch.cat([ids, old_ids]))                               # (B, W+K)
+        # 4 is in update. 5: the teacher reads the batch; the student's own keys carry gradient all the same
+        with torch.no_grad(), self.autocast(batch.ids.device):
+            slow_speech, slow_image = (speech, image) if alone else encode(self.teacher, batch)
+        # 6: keys, the batch first, then the queue
+        collect = all_rows_with_gradient if alone else all_rows
+        new_speech, new_image = collect(slow_speech.embedding, counts), collect(slow_image.embedding, counts)
+        speech_keys, image_keys = torch.cat([new_speech, old_speech]), torch.cat([new_image, old_image])  # (W+K, d) each
+        # 7: soft targets, logits, contrastive loss
         alpha = 0. if alone else alpha_ramp(step - config.student_steps, config.alpha_ramp_steps, config.alpha)
         both, temperature = (targets, targets), model.temperature.detach()
         if alpha > 0: both = (soft_targets(similarity_logits(slow_speech.embedding, image_keys, temperature), targets, alpha),
                               soft_targets(similarity_logits(slow_image.embedding, speech_keys, temperature), targets, alpha))
         sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
+        # 8 is in update; what it will put into the queue
         keys = Keys(new_speech.detach(), new_image.detach(), ids)
         if config.token_slots: keys = Keys(*keys[:3], *(all_rows(one, counts) for one in same_length(slow_speech)), all_rows(slow_image.tokens, counts))
+        # 9: hard negatives, matching loss
         sim, sim_logits, right = sic.loss.new_zeros(()), sic.loss.new_zeros(0, 2), 0
         if step >= config.sim_start_step and config.sim_weight > 0:
             sim, sim_logits, right = self.match_loss((speech, image), (slow_speech, slow_image), sic, ids, counts, step, generator)
@@ -144,9 +151,9 @@ class Alignment(nn.Module):
         if not self.training: raise RuntimeError("Alignment.update: only training moves the teacher and the queue; call .train() first")
         if any(output.used for output in outputs): raise RuntimeError("Alignment.update: this output was applied before")
         average(self.model.encoders.buffers())  # running statistics of batches differ between processes; weights do not
-        update_momentum(self.teacher, self.model.encoders, self.config.momentum)
+        update_momentum(self.teacher, self.model.encoders, self.config.momentum)  # 4, for the next step
         for output in outputs:
-            self.queue.enqueue(*output.keys); output.used = True
+            self.queue.enqueue(*output.keys); output.used = True                  # 8
 
 
 def gather(parts):  # (tensor (N, T, ...), rows (n,)) each
