@@ -308,6 +308,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'speechimg.image.Pixels.__call__': ('image.html#pixels.__call__', 'speechimg/image.py'),
                                  'speechimg.image.Pixels.__init__': ('image.html#pixels.__init__', 'speechimg/image.py'),
                                  'speechimg.image.Pixels.params': ('image.html#pixels.params', 'speechimg/image.py'),
+                                 'speechimg.image.grid_codes': ('image.html#grid_codes', 'speechimg/image.py'),
+                                 'speechimg.image.patches': ('image.html#patches', 'speechimg/image.py'),
                                  'speechimg.image.square': ('image.html#square', 'speechimg/image.py')},
             'speechimg.large': { 'speechimg.large.Blip2Eyes': ('large.html#blip2eyes', 'speechimg/large.py'),
                                  'speechimg.large.Blip2Eyes.__init__': ('large.html#blip2eyes.__init__', 'speechimg/large.py'),

@@ -51,6 +51,7 @@ class LogMel:
         return (logs / (logs.square().mean().sqrt() + 1e-2)).numpy().astype(np.float16)    # 1e-2: silence / 0 would be NaN
 
 # %% ../nbs/03_speech.ipynb #2202b334
+#| exercise: speech frame_mask
 def frame_mask(lengths,  # (B,) valid frames; None: all of them
                x,        # (B, T, ...) the padded batch
               ):
@@ -58,7 +59,8 @@ def frame_mask(lengths,  # (B,) valid frames; None: all of them
     positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     return positions < (x.shape[1] if lengths is None else lengths.to(x.device)[:, None])
 
-
+# %% ../nbs/03_speech.ipynb #8ed8e976
+#| exercise: speech MaskedBatchNorm.forward
 class MaskedBatchNorm(nn.BatchNorm1d):
     "Batch normalisation whose statistics come from valid frames alone; padding comes out as zero."
 
@@ -74,6 +76,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         return rows.new_zeros(x.shape).masked_scatter(rearrange(mask, "b t -> b t 1"), rows)
 
 # %% ../nbs/03_speech.ipynb #d96a0b11
+#| exercise: speech ConvBlock.forward
 class ConvBlock(nn.Module):
     "Convolution over time at half the rate, then one at the same rate with a short cut; padding never enters."
 
@@ -135,6 +138,7 @@ class MaskedGRU(nn.GRU):
         return clean(torch.cat([walk(x, self._flat_weights[:4]), turn(walk(turn(x), self._flat_weights[4:]))], -1), mask)
 
 # %% ../nbs/03_speech.ipynb #b56e0d25
+#| exercise: speech peak
 def peak(tokens,  # (B, T, w)
          mask,    # (B, T) bool, True = valid; None = all
         ):
