@@ -206,8 +206,9 @@ def _train(config, corpus, out, resume, on_error, limit, towers, start, on_step,
             try: outputs, norm = train_step(stepper, optimizer, [part.to(device) for part in parts], step, generator)
             except FloatingPointError as error:
                 uttids = sum((part.uttids for part in parts), [])
-                write_json(out / f"bad_batch{world().rank or ''}.json", {"step": step, "problem": str(error), "uttids": uttids})
-                raise InputError(f"step {step}", f"{error} on {', '.join(uttids)}", "listen to these recordings, or lower learning_rate") from None
+                bad = [name for part in parts for name, *sides in zip(part.uttids, part.speech, part.image) if not all(side.isfinite().all() for side in sides)]
+                write_json(out / f"bad_batch{world().rank or ''}.json", {"step": step, "problem": str(error), "not_finite": bad, "uttids": uttids})
+                raise InputError(f"step {step}", f"{error} on {', '.join(bad or uttids)}", "listen to these recordings, or lower learning_rate") from None
             numbers = torch.tensor([average_of(outputs, name) for name in ("sic", "sim", "coarse_accuracy", "sim_accuracy")], dtype=torch.float64, device=device)
             average([numbers])
             row = {"step": done, "epoch": epoch, "seconds": elapsed(), "learning_rate": learning_rate(config, step), "gradient_norm": norm,

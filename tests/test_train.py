@@ -333,11 +333,24 @@ def test_stops_at_a_loss_that_is_not_finite(workshop, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error: run(workshop.corpus, tmp_path)
     bad = read_json(tmp_path / "bad_batch.json")
     assert bad["step"] == 5 and len(bad["uttids"]) == 4
-    assert str(error.value).startswith("step 5: ") and all(name in str(error.value) for name in bad["uttids"]) and "\n" not in str(error.value)
+    assert str(error.value).startswith("step 5: ") and bad["not_finite"] == [bad["uttids"][1]] and "\n" not in str(error.value)
+    assert [name in str(error.value) for name in bad["uttids"]] == [False, True, False, False]  # the one to blame, not the whole batch
     assert latest_checkpoint(tmp_path)[0]["step"] == 4 and not (tmp_path / "model.safetensors").exists()
     monkeypatch.undo()
     run(workshop.corpus, tmp_path, resume=True)
     assert result(tmp_path) == result(workshop.whole)
+
+
+def test_names_the_whole_batch_when_no_recording_is_to_blame(workshop, tmp_path, monkeypatch):
+    "Finite features, and a loss that is not: a diverged model."
+    right = train_room.train_step
+    def diverging(alignment, optimizer, batches, step, generator):
+        if step == 3: raise FloatingPointError("the loss is inf")
+        return right(alignment, optimizer, batches, step, generator)
+    monkeypatch.setattr(train_room, "train_step", diverging)
+    with pytest.raises(InputError, match="step 3: the loss is inf on ") as error: run(workshop.corpus, tmp_path)
+    bad = read_json(tmp_path / "bad_batch.json")
+    assert bad["not_finite"] == [] and len(bad["uttids"]) == 4 and all(name in str(error.value) for name in bad["uttids"])
 
 
 def test_nothing_changes_when_a_number_is_not_finite():
