@@ -118,3 +118,14 @@ def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
             assert config.batch_size // int(cut[1] if cut else config.accumulate) // int(start) == config.batch_size // config.accumulate == 32, (path.name, name)
             found += 1
     assert found == 6
+
+
+def test_the_front_page_asks_what_the_demo_asks():
+    "The notebook draws its three recordings itself, so that it runs without tools/; the lot is the same."
+    import demo
+    from speechimg.corpora import load_corpus
+
+    names, stamps = {}, load_corpus("stamps", "all")
+    code = next(code for cell in notebooks.read(INDEX)["cells"] if "def human_queries(" in (code := notebooks.body(cell)))
+    exec(code[: code.index("def show_answers(")], names)
+    assert names["human_queries"](stamps) == demo.human_queries(stamps)

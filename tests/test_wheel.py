@@ -65,7 +65,7 @@ def test_data_is_found_or_one_line_says_how_to_get_it(installed, tmp_path):
     assert "clone" in last and "SPEECHIMG_DATA" in last
 
 
-@pytest.mark.parametrize("name", ["07_sic", "11_model"])
+@pytest.mark.parametrize("name", ["index", "01b_store", "07_sic", "10c_hub", "11_model"])
 def test_a_notebook_in_an_empty_folder(name, installed, tmp_path, monkeypatch):
     for key, value in environment(installed, ROOT / "data").items():
         monkeypatch.setenv(key, value)
