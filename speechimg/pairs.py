@@ -38,9 +38,9 @@ def uri(content, side=192):  # a PIL picture, shown at most so large, or a wave 
 
 
 def players(sounds):  # pairs of a text and a wave
-    "HTML: a line for each sound, with a button that plays it."
-    lines = ('<div class="speechimg-sound" style="display:flex;align-items:center;gap:12px;margin:2px 0">'
-             f'<audio controls preload="none" style="height:32px;flex:none;width:240px" src="{uri(wave)}"></audio><span>{escape(text)}</span></div>' for text, wave in sounds)
+    "HTML: a line for each sound, with a button that plays it; on a narrow screen the text goes below the button."
+    lines = ('<div class="speechimg-sound" style="display:flex;flex-wrap:wrap;align-items:center;gap:2px 12px;margin:2px 0">'
+             f'<audio controls preload="none" style="height:32px;flex:none;width:240px" src="{uri(wave)}"></audio><span style="flex:1 1 14em">{escape(text)}</span></div>' for text, wave in sounds)
     return f'<div class="speechimg-sounds">{"".join(lines)}</div>'
 
 # %% ../nbs/14a_pairs.ipynb #402789dd
