@@ -41,7 +41,7 @@ BOXES = [
     Box(0.2, 0.02, 2.24, 0.72, "00 core", "config, seed, errors", "use", ("overview",)),
     Box(2.64, 0.02, 2.24, 0.72, "11 model", "one whole step", "use", ("alignment", "hub", "distributed")),
     Box(5.08, 0.02, 2.24, 0.72, "12 retrieval", "rank, re-rank, measure", "use", ("explore", "pairs", "studio", "benchmark")),
-    Box(7.52, 0.02, 2.24, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan")),
+    Box(7.52, 0.02, 2.24, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan", "project")),
     Box(9.96, 0.02, 2.24, 0.72, "19 cli", "the command line", "use", ("page", "course", "assignments", "handout", "worker", "walls", "sandbox", "grading", "gradebook", "classroom")),
 ]
 ARROWS = [  # from point to point: the way of sounds and pictures

@@ -19,6 +19,7 @@ def make_teacher(
     return copy.deepcopy(student).float().eval().requires_grad_(False)
 
 # %% ../nbs/06_queue.ipynb #ef088eb2
+#| exercise: queue update_momentum
 def _paired(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "Pair the tensors of both networks by name; anything that does not match is a ValueError."
     theirs = dict(getattr(student, f"named_{kind}")())
@@ -51,6 +52,7 @@ def update_momentum(
         slow.copy_(fast)  # counters and running statistics are not averaged
 
 # %% ../nbs/06_queue.ipynb #4909c6ee
+#| exercise: queue
 def ring_slots(
     pointer: torch.Tensor,  # () the slot that is written next
     n: int,  # how many items arrive
@@ -61,6 +63,7 @@ def ring_slots(
     return newest, (pointer + newest) % size
 
 # %% ../nbs/06_queue.ipynb #955dbf75
+#| exercise: queue EmbeddingQueue.filled EmbeddingQueue.enqueue
 class EmbeddingQueue(nn.Module):
     "A ring of the newest `size` pairs: embeddings, image ids and, for the newest `token_slots`, tokens (MoCo; ALBEF section 3)."
 
@@ -140,6 +143,7 @@ class EmbeddingQueue(nn.Module):
                 "speech": self.speech[entry], "image": self.image[entry]}
 
 # %% ../nbs/06_queue.ipynb #b8eadc2d
+#| exercise: queue TokenMemory.write
 class TokenMemory(nn.Module):
     "A ring of the newest pairs' tokens in float16: what the fine stage needs to judge negatives from the queue."
 

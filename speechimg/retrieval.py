@@ -25,6 +25,7 @@ from .data import SAMPLE_RATE, FeatureCache, Features
 from .model import SpeechImageModel
 
 # %% ../nbs/12_retrieval.ipynb #d5391a42
+#| exercise: retrieval
 def hit_probability(above, tied, positive, k):  # (Q,) answers above the best right one, sharing its score, right among these; first k count
     "(Q,) chance of a right answer among the first k when ties are broken at random: 1 - C(t-p, r) / C(t, r) (method 1.8)."
     places = (k - above).clamp(min=0).minimum(tied).double()        # r: places among the first k left to the tied
@@ -35,11 +36,12 @@ def hit_probability(above, tied, positive, k):  # (Q,) answers above the best ri
     return 1 - miss
 
 # %% ../nbs/12_retrieval.ipynb #ed890dcb
+#| exercise: retrieval
 def recall_at_k(scores,          # (n_speech, n_image) higher = better match
                 image_of,        # (n_speech,) column of each recording's own image
                 ks=(1, 5, 10),   # how many answers one may look at
                ):
-    "Recall in percent, both directions, expected under random tie-breaking (method 1.8). Raises ValueError for NaN or odd shapes."
+    "Recall in %, both directions, expected under random tie-breaking (method 1.8). Raises ValueError for NaN or odd shapes."
     scores, image_of = torch.as_tensor(scores), torch.as_tensor(image_of).long()
     if scores.ndim != 2 or not scores.numel() or image_of.shape != scores.shape[:1]:
         raise ValueError(f"recall_at_k: need scores (n_speech, n_image) and image_of (n_speech,), got {tuple(scores.shape)} and {tuple(image_of.shape)}")
@@ -55,6 +57,7 @@ def recall_at_k(scores,          # (n_speech, n_image) higher = better match
     return {direction: {k: 100 * hit_probability(*count, k).mean().item() for k in ks} for direction, count in counts.items()}
 
 # %% ../nbs/12_retrieval.ipynb #609c50cc
+#| exercise: retrieval
 def rerank(coarse,         # (Q, N) coarse score of every query and candidate
            score_pairs,    # (query_idx (n,), candidate_idx (n,)) -> (n,) fine scores
            k,              # candidates that each query re-ranks; more than N means all, 0 none

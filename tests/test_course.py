@@ -81,7 +81,7 @@ def test_an_assignment_has_everything(name):
     kinds = [part.kind for part in one.parts]
     checks = [part for part in one.parts if part.kind == "check"]
     text = "\n".join(part.source for part in one.parts if part.kind == "text")
-    assert 60 <= one.minutes <= 90 and "**Purpose.**" in text and "**Given.**" in text and text.count("<details>") >= 3
+    assert (60 <= one.minutes <= 90 or name == "project") and "**Purpose.**" in text and "**Given.**" in text and text.count("<details>") >= 3
     assert any(part.hidden for part in checks) and sum(not part.hidden for part in checks) >= 3
     assert kinds.count("question") >= 1 and all(part.rubric and part.points for part in one.parts if part.kind == "question")
     assert len({part.title for part in checks}) == len(checks) and 10 <= most(name) <= 24
