@@ -57,7 +57,7 @@ def page(path: Path) -> dict:
             cell["source"] = moved(source(cell))
         else:
             cell["source"] = body(cell)
-            tags = [name for name in ("export", "gpu") if name in flags] + ["remove-input"] * (flags.get("echo") == "false")
+            tags = [name for name in ("export", "gpu") if name in flags] + ["remove-input"] * (flags.get("echo") == "false") + ["hide-input"] * ("check" in flags)  # folded: a learner should not read hidden checks by accident
             image = {"alt": flags.get("fig-alt", "a figure")}
             for output in (output for output in cell["outputs"] if "data" in output):
                 data, about = output["data"], output.get("metadata", {}).get("image/png", {})
