@@ -25,7 +25,7 @@ from .handout import source_notebook
 # %% ../nbs/18j_classroom.ipynb #b4bc29e9
 README = """# {title}
 
-Open `{name}.ipynb` in JupyterLab with speechimg installed (`pip install speechimg`), write what raises `NotImplementedError`, and run the checks below each function. About {minutes} minutes.
+Open `{name}.ipynb` in JupyterLab with speechimg installed (`pip install` with the address of the project that your teacher gave you), write what raises `NotImplementedError`, and run the checks below each function. About {minutes} minutes.
 """
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 from nbgrader import preprocessors as steps
 from nbgrader.apps import NbGraderAPI
+from nbgrader.converters import GenerateFeedback
 from traitlets.config import Config
 
 from .assignments import all_assignments
@@ -91,10 +92,11 @@ class TakeSolutions(steps.NbGraderPreprocessor):
 
 
 class HideTests(steps.NbGraderPreprocessor):
-    "In place of nbgrader's ClearHiddenTests: says that there are some."
+    "In place of nbgrader's ClearHiddenTests, and before feedback is written: says that there are some."
 
     def preprocess_cell(self, cell, resources, cell_index):
-        return (cell if cell.metadata.nbgrader["solution"] else nbformat.from_dict(released(cell))), resources
+        mine = "nbgrader" not in cell.metadata or cell.metadata.nbgrader["solution"]  # a cell that a student added, or wrote
+        return (cell if mine else nbformat.from_dict(released(cell))), resources
 
 
 class PutBack(steps.NbGraderPreprocessor):
@@ -138,6 +140,8 @@ def course_config(
                                                steps.SaveCells, HideTests, steps.ComputeChecksums, steps.CheckCellMetadata]  # fmt: skip
     config.Autograde.sanitize_preprocessors = [PutBack, steps.ClearOutput, steps.OverwriteKernelspec, steps.OverwriteCells, steps.CheckCellMetadata]
     config.Autograde.autograde_preprocessors = [ShowMarks, steps.LimitOutput, steps.SaveAutoGrades, steps.AssignLatePenalties, steps.CheckCellMetadata]
+    config.GenerateFeedback.preprocessors = [HideTests, *GenerateFeedback.preprocessors.default_args[0]]  # or it would show hidden checks, and the seed
+    config.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[^/]+)_(?P<file_id>\w+)"  # STUDENT_ASSIGNMENT.ipynb, for zip_collect
     return config
 
 

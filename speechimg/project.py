@@ -7,8 +7,7 @@ __all__ = ['COLUMNS', 'split_pictures', 'save_recording', 'caption_rows', 'build
            'paired_interval', 'report', 'as_markdown']
 
 # %% ../nbs/13d_project.ipynb #20527e54
-import csv
-import math
+import csv, math
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -90,8 +89,7 @@ COLUMNS = ("image", "wav", "text", "speaker", "consent")  # of captions.csv; con
 
 def build_folder(
     folder,  # holds captions.csv and the files that it names
-    shares: dict,
-    generator: torch.Generator,  # as in split_pictures
+    shares: dict, generator: torch.Generator,  # as in split_pictures
     language: str = "en",
 ) -> dict[str, list]:  # what was written
     "Make a corpus of a folder: write SPLIT.json for each split. InputError for a line without consent or with another fault, and for files that cannot be read."
@@ -160,9 +158,7 @@ def paired_interval(
 
 # %% ../nbs/13d_project.ipynb #23d0e7a0
 def report(
-    before: torch.Tensor,  # (Q,) hits, as in paired_interval
-    after: torch.Tensor,
-    pictures: torch.Tensor,
+    before: torch.Tensor, after: torch.Tensor, pictures: torch.Tensor,  # (Q,) each, as in paired_interval
     gallery: int,  # pictures among which each query searches
     generator: torch.Generator,
     k: int = 1,
@@ -176,12 +172,10 @@ def report(
             "after": 100 * after.double().mean().item(), "luck": 100 * luck(after.sum().item(), queries, chance), **found._asdict(), "verdict": verdict}  # fmt: skip
 
 
-def as_markdown(
-    found: dict,  # from report
-) -> str:
+def as_markdown(found: dict) -> str:  # from report
     "A table to hand in."
     k, line = found["k"], "| {} | {} |".format
     rows = [("queries", f"{found['queries']} recordings of {found['pictures']} pictures, among {found['gallery']}; one query is worth {found['one_query']:.1f} points"),
-            ("chance level", f"R@{k} = {found['chance']:.1f} %"), ("before", f"R@{k} = {found['before']:.1f} %"), ("after", f"R@{k} = {found['after']:.1f} %; of 100 guessers, {found['luck']:.0f} would do as well"),
+            ("chance level", f"R@{k} = {found['chance']:.1f} %"), ("before", f"R@{k} = {found['before']:.1f} %"), ("after", f"R@{k} = {found['after']:.1f} %; guessing does as well in {found['luck']:.3g} % of cases"),
             ("change", f"{found['difference']:+.1f} points, 95 % interval {found['low']:+.1f} to {found['high']:+.1f}"), ("verdict", found["verdict"])]  # fmt: skip
     return "\n".join(["| | |", "|---|---|", *(line(*row) for row in rows)])

@@ -479,7 +479,10 @@ def test_nbgraders_own_commands_go_on_working(classroom):
         rows = {row["student_id"]: row for row in csv.DictReader(file)}
     assert float(rows["wrong-0"]["raw_score"]) == marks["wrong-0"].score and float(rows["right-0"]["raw_score"]) == most("sic")
     feedback = (folder / "feedback" / "wrong-0" / "sic" / "sic.html").read_text()
-    assert "Siblings are ignored" in feedback
+    assert "Siblings are ignored" in feedback and "SEED" not in feedback and "manual_seed" not in feedback  # told what is wrong, and not how it was found
+    (folder / "downloaded" / "sic" / "archive").mkdir(parents=True)
+    (folder / "downloaded" / "sic" / "archive" / "zoe_sic.ipynb").write_text(json.dumps(handed_in("sic")))
+    assert nbgrader("zip_collect", "sic").returncode == 0 and (folder / "submitted" / "zoe" / "sic" / "sic.ipynb").exists()
 
 
 # Without a teacher
