@@ -90,6 +90,6 @@ def test_every_chapter_opens_with_the_map_of_its_own_part(path):
     if path.stem in ("index", "00a_overview", "15_results"):  # these are about all of it
         return
     (room,) = re.findall(r'draw_map\("(\w+)"\)', notebooks.source(cells[0]))
-    module = re.findall(r"#\| default_exp (\w+)", "\n".join(map(notebooks.source, cells)))
+    module = re.findall(r"(?m)^#\| default_exp (\w+)", "\n".join(map(notebooks.source, cells)))
     assert boxes_of(room) and (not module or module == [room])
     assert any("image/png" in output.get("data", {}) for output in cells[0]["outputs"])
