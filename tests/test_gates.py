@@ -264,7 +264,7 @@ DEFECTS = [
     ("skipped", whole_notebook, "skip_exec"),
     ("skipped", not_python, "was never closed"),
     ("skipped", other_kernel, "kernel's language is R"),
-    ("assignments", exercise, "`#| exercise`"),
+    ("assignments", exercise, "for an assignment that is not in this chapter"),
     ("notebooks", heavy, "kB, more than 500"),
     ("notebooks", many_cells, "code cells, more than 60"),
     ("notebooks", many_words, "words, more than 1500"),
