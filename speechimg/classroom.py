@@ -17,7 +17,7 @@ import nbformat
 from nbgrader.api import Gradebook
 
 from .assignments import all_assignments
-from .core import InputError
+from .core import InputError, atomic_write
 from .gradebook import CONFIG, marks_of, nbgrader, sandbox, teacher_notebook
 from .grading import Marks, table, titles
 from .handout import source_notebook
@@ -90,19 +90,22 @@ def grade(
         why = f"{assignment}.ipynb is not there" if student in missing else f"{assignment}.ipynb cannot be read as a notebook"
         marks.append(Marks(student, assignment, dict.fromkeys(points, "nothing to run"), points, [why]))
     marks.sort(key=lambda one: one.student)
-    _enter(root, assignment, [one.student for one in marks], set(readable))
+    refused = _enter(root, assignment, [one.student for one in marks], set(readable))
+    for one in marks:
+        one.reports += ["nbgrader could not enter these points into its gradebook"] * (one.student in refused)
     _write_csv(root / "marks" / f"{assignment}.csv", marks)
     return marks, table(marks, titles(teacher))
 
 
-def _enter(root: Path, assignment: str, students: list[str], readable: set) -> None:
-    "Into nbgrader's gradebook: what could be read by its own command, the others with no points."
+def _enter(root: Path, assignment: str, students: list[str], readable: set) -> set[str]:
+    "Into nbgrader's gradebook: what could be read by its own command, the others with no points. Returns whom it refused: those get no points they did not earn, and lose none."
+    refused = set()
     with nbgrader(root) as api:
         for student in students:
             if student in readable:
-                done = api.autograde(assignment, student, force=True, create=True)
-                if done["success"]:
-                    continue
+                if not api.autograde(assignment, student, force=True, create=True)["success"]:
+                    refused.add(student)
+                continue
             shutil.rmtree(root / "autograded" / student / assignment, ignore_errors=True)
             with Gradebook(api.coursedir.db_url, "speechimg") as book:
                 book.update_or_create_student(student)
@@ -111,16 +114,15 @@ def _enter(root: Path, assignment: str, students: list[str], readable: set) -> N
                     for one in notebook.grades:
                         one.auto_score, one.needs_manual_grade = 0, False
                 book.db.commit()
+    return refused
 
 
 def _write_csv(path: Path, marks: list[Marks]) -> None:
     "One line per student: points in all and per check."
     path.parent.mkdir(exist_ok=True)
-    half = path.with_suffix(".tmp")
-    with half.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path, "w") as file:
         rows = csv.writer(file)
         rows.writerow(["student", "assignment", "points", "of", *(marks[0].points if marks else []), "reports"])
         for one in marks:
             worth = [points if one.messages.get(name) == "" else 0 for name, points in one.points.items()]
             rows.writerow([one.student, one.assignment, one.score, sum(one.points.values()), *worth, "; ".join(one.reports)])
-    os.replace(half, path)

@@ -44,7 +44,6 @@ def _place(resources: dict) -> tuple[Path, str, str]:
     return Path(where["db_url"].removeprefix("sqlite:///")).parent, where["assignment"], where["student"]
 
 
-
 def _marks_path(root: Path, assignment: str, student: str) -> Path:
     return root / ".marks" / assignment / f"{student}.json"
 

@@ -110,7 +110,7 @@ class Worker:
     "The side of the student: serves requests until the wire is cut."
 
     def __init__(self, wire: Wire):
-        self.wire, self.kept, self.space = wire, [], {"__name__": "__main__"}
+        self.wire, self.kept = wire, []
         sys.modules["__main__"] = module = types.ModuleType("__main__")
         self.space = vars(module)
 
