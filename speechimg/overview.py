@@ -38,11 +38,12 @@ BOXES = [
     Box(9.9, 4.85, 2.3, 0.95, "10 distillation", "trust the teacher\nmore than labels", "coarse"),
     Box(6.75, 1.05, 2.2, 0.95, "08 mining", "wrong pairs that\nfool the coarse stage", "fine"),
     Box(9.9, 2.6, 2.3, 1.2, "09 sim", "fine: read both,\nanswer yes or no", "fine", ("attention",)),
-    Box(0.2, 0.02, 2.24, 0.72, "00 core", "config, seed, errors", "use", ("overview",)),
-    Box(2.64, 0.02, 2.24, 0.72, "11 model", "one whole step", "use", ("alignment", "hub", "distributed")),
-    Box(5.08, 0.02, 2.24, 0.72, "12 retrieval", "rank, re-rank, measure", "use", ("explore", "pairs", "studio", "benchmark")),
-    Box(7.52, 0.02, 2.24, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan", "project")),
-    Box(9.96, 0.02, 2.24, 0.72, "19 cli", "the command line", "use", ("page", "course", "assignments", "handout", "worker", "walls", "sandbox", "grading", "gradebook", "classroom")),
+    Box(0.2, 0.02, 1.9, 0.72, "00 core", "config, seed, errors", "use", ("overview",)),
+    Box(2.26, 0.02, 1.9, 0.72, "11 model", "one whole step", "use", ("alignment", "hub", "distributed")),
+    Box(4.32, 0.02, 1.9, 0.72, "12 retrieval", "rank and measure", "use", ("explore", "pairs", "studio", "benchmark")),
+    Box(6.38, 0.02, 1.9, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan", "project")),
+    Box(8.44, 0.02, 1.9, 0.72, "18 course", "hand out and grade", "use", ("assignments", "handout", "worker", "walls", "sandbox", "grading", "gradebook", "classroom")),
+    Box(10.50, 0.02, 1.9, 0.72, "19 cli", "the command line", "use", ("page",)),
 ]
 ARROWS = [  # from point to point: the way of sounds and pictures
     ((1.45, 4.65), (1.85, 3.85)), ((1.45, 2.1), (1.85, 3.35)), ((2.72, 3.15), (2.72, 2.9)), ((3.6, 2.6), (4.15, 4.6)), ((3.6, 2.45), (4.15, 3.1)),
@@ -114,5 +115,5 @@ def draw_map(
 
     drawn, small = io.BytesIO(), io.BytesIO()
     map_figure(here).savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.05)
-    Picture.open(drawn).convert("RGB").quantize(64, method=Picture.Quantize.FASTOCTREE).save(small, "PNG", optimize=True)
+    Picture.open(drawn).convert("RGB").quantize(32, method=Picture.Quantize.MEDIANCUT).save(small, "PNG", optimize=True)
     return Image(small.getvalue(), format="png", alt="The rooms of the library" + (f", marked: {', '.join(box.name for box in boxes_of(here))}" if here else ""))
