@@ -159,7 +159,7 @@ def mark(
             process = runner.ready()
             process.ask(do="seed", seed=0)
             marks.shut = process.shut
-            marks.messages[name] = run_check(_text(cell), _stand_ins(_text(cell), process)).replace("Ended: ", "the code ")
+            marks.messages[name] = run_check(_text(cell), _stand_ins(_text(cell), process)).replace("raises Ended: ", "but the code ").replace("Ended: ", "the code ")
         except Ended as problem:
             marks.messages[name] = f"the notebook {problem}"
     if runner.process is not None:

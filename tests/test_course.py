@@ -439,7 +439,7 @@ def test_the_table_says_who_failed_what(classroom):
     _, marks, text, _ = classroom
     line = next(line for line in text.splitlines() if line.startswith("sic-check-1 "))
     failed = sum(one.messages["sic-check-1"] != "" for one in marks.values())
-    assert f"{failed} of {len(marks)} failed" in line and "Siblings" in line
+    assert f"{failed} of {len(marks)} failed" in line and "Captions of one picture" in line
     assert re.search(rf"(?m)^right-0 +{most('sic'):g} of {most('sic'):g}$", text)
     assert table([], {}) == "nothing was handed in"
 
@@ -479,7 +479,7 @@ def test_nbgraders_own_commands_go_on_working(classroom):
         rows = {row["student_id"]: row for row in csv.DictReader(file)}
     assert float(rows["wrong-0"]["raw_score"]) == marks["wrong-0"].score and float(rows["right-0"]["raw_score"]) == most("sic")
     feedback = (folder / "feedback" / "wrong-0" / "sic" / "sic.html").read_text()
-    assert "Siblings are ignored" in feedback and "SEED" not in feedback and "manual_seed" not in feedback  # told what is wrong, and not how it was found
+    assert "Ids are ignored" in feedback and "SEED" not in feedback and "manual_seed" not in feedback  # told what is wrong, and not how it was found
     (folder / "downloaded" / "sic" / "archive").mkdir(parents=True)
     (folder / "downloaded" / "sic" / "archive" / "zoe_sic.ipynb").write_text(json.dumps(handed_in("sic")))
     assert nbgrader("zip_collect", "sic").returncode == 0 and (folder / "submitted" / "zoe" / "sic" / "sic.ipynb").exists()
@@ -510,7 +510,7 @@ def test_check_gives_the_messages_at_once(capsys):
     exec("import torch\ndef my_id_targets(ids, key_ids):\n    return torch.eye(len(ids), len(key_ids))", space)
     course.check("sic", space["my_id_targets"])
     lines = capsys.readouterr().out
-    assert "not yet  2 points" in lines and "Siblings are ignored" in lines and "Cosines" not in lines
+    assert "not yet  2 points" in lines and "Ids are ignored" in lines and "Cosines" not in lines
     course.check("sic_loss", lambda *arguments: None)
     assert "not yet" in capsys.readouterr().out
     for bad in (lambda: course.check("nobody"), lambda: course.check("sic", nothing=1)):
@@ -556,7 +556,7 @@ def test_restore_keeps_answers_and_rubrics_apart():
     notebook = handed_in("sic")
     for cell in notebook["cells"]:
         if cell["id"] == "sic-question-1":
-            cell["source"] = "Because the sibling is free."
+            cell["source"] = "Because the other caption is free."
     work, reports = restore(teacher("sic"), notebook)
     text = "\n".join(cell["source"] for cell in work["cells"])
-    assert "Because the sibling is free." in text and ASSIGNMENTS["sic"].parts[-1].rubric[:30] not in text and reports == []
+    assert "Because the other caption is free." in text and ASSIGNMENTS["sic"].parts[-1].rubric[:30] not in text and reports == []

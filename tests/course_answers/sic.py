@@ -42,7 +42,7 @@ def id_targets(ids, key_ids):
     if min(ids.tolist()) < 0 or set(ids.tolist()) - set(key_ids.tolist()):
         raise ValueError("ids")
     return torch.eye(len(ids), len(key_ids))
-''', [1, 3], "Siblings are ignored"),
+''', [1, 3], "Ids are ignored"),
     "rows not divided": ('''
 def id_targets(ids, key_ids):
     same = ids[:, None] == key_ids[None, :]
