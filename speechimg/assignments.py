@@ -170,6 +170,7 @@ def _part(kind: str, text: str, words: list[str]) -> Part:
         if not rubric:
             raise ValueError("a question ends with <!-- rubric ... -->")
         return Part("question", RUBRIC.sub("", text).strip(), points=float(words[0]), rubric=rubric[1].strip())
+    text = text.partition("**Without a teacher:**")[0]  # who has one is handed the checks and not the solution
     return Part("text", text.strip(), tuple(words))
 
 # %% ../nbs/18c_assignments.ipynb #6345116e

@@ -161,4 +161,4 @@ def check(
         if about and not about & set(test["uses"]):
             continue
         wrong = run_check(test["source"], {key: value for key, value in space.items() if not key.startswith("__")})
-        print(f"{'not yet' if wrong else 'right  '}  {test['points']:g} points  {test['title']}" + (f"\n         {wrong}" if wrong else ""))
+        print(f"{'not yet' if wrong else 'right  '}  {test['points']:g} point{'s' * (test['points'] != 1)}  {test['title']}" + (f"\n         {wrong}" if wrong else ""))

@@ -35,7 +35,7 @@ BOXES = [
     Box(4.15, 1.15, 1.95, 0.95, "04 image", "patches become\ntokens", "tower", ("attention",)),
     Box(6.75, 2.6, 2.2, 1.2, "07 sic", "coarse: one vector\nagainst many", "coarse"),
     Box(6.75, 4.85, 2.2, 0.95, "06 queue", "a slow teacher and\nwhat it saw", "coarse"),
-    Box(9.9, 4.85, 2.3, 0.95, "10 distillation", "trust the teacher\nmore than labels", "coarse"),
+    Box(9.9, 4.85, 2.3, 0.95, "10 distillation", "believe the teacher\na little", "coarse"),
     Box(6.75, 1.05, 2.2, 0.95, "08 mining", "wrong pairs that\nfool the coarse stage", "fine"),
     Box(9.9, 2.6, 2.3, 1.2, "09 sim", "fine: read both,\nanswer yes or no", "fine", ("attention",)),
     Box(0.2, 0.02, 1.9, 0.72, "00 core", "config, seed, errors", "use", ("overview",)),
@@ -115,5 +115,5 @@ def draw_map(
 
     drawn, small = io.BytesIO(), io.BytesIO()
     map_figure(here).savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.05)
-    Picture.open(drawn).convert("RGB").quantize(32, method=Picture.Quantize.MEDIANCUT).save(small, "PNG", optimize=True)
+    Picture.open(drawn).convert("RGB").quantize(64, method=Picture.Quantize.MEDIANCUT).save(small, "PNG", optimize=True)
     return Image(small.getvalue(), format="png", alt="The rooms of the library" + (f", marked: {', '.join(box.name for box in boxes_of(here))}" if here else ""))

@@ -27,7 +27,7 @@ from .model import SpeechImageModel
 # %% ../nbs/12_retrieval.ipynb #d5391a42
 #| exercise: retrieval
 def hit_probability(above, tied, positive, k):  # (Q,) answers above the best right one, sharing its score, right among these; first k count
-    "(Q,) chance of a right answer among the first k when ties are broken at random: 1 - C(t-p, r) / C(t, r) (method 1.8)."
+    "(Q,) chance of a right answer among the first k when ties are broken at random: 1 - C(t-p, r) / C(t, r)."
     places = (k - above).clamp(min=0).minimum(tied).double()        # r: places among the first k left to the tied
     miss = torch.ones_like(places)
     for i in range(int(positive.max())):                            # C(t-p, r) / C(t, r) as a product over the p right ones
@@ -41,7 +41,7 @@ def recall_at_k(scores,          # (n_speech, n_image) higher = better match
                 image_of,        # (n_speech,) column of each recording's own image
                 ks=(1, 5, 10),   # how many answers one may look at
                ):
-    "Recall in %, both directions, expected under random tie-breaking (method 1.8). Raises ValueError for NaN or odd shapes."
+    "Recall in %, both directions, expected under random tie-breaking. Raises ValueError for NaN or odd shapes."
     scores, image_of = torch.as_tensor(scores), torch.as_tensor(image_of).long()
     if scores.ndim != 2 or not scores.numel() or image_of.shape != scores.shape[:1]:
         raise ValueError(f"recall_at_k: need scores (n_speech, n_image) and image_of (n_speech,), got {tuple(scores.shape)} and {tuple(image_of.shape)}")
@@ -119,7 +119,7 @@ def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, r
 
 # %% ../nbs/12_retrieval.ipynb #389e4ba9
 def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=128):  # or "image_to_speech"; pairs per forward pass
-    "A function (query_idx (n,), candidate_idx (n,)) -> (n,) matching scores, the logit of class 1 (method 1.8)."
+    "A function (query_idx (n,), candidate_idx (n,)) -> (n,) matching scores, the logit of class 1."
     def score_pairs(query_idx, candidate_idx):
         pairs = (query_idx, candidate_idx) if direction == "speech_to_image" else (candidate_idx, query_idx)
         with judging(model): return model.fusion.judge_many(embeddings.speech_tokens, embeddings.image_tokens, pairs, batch_size)[:, 1]

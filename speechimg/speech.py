@@ -101,11 +101,11 @@ class ConvBlock(nn.Module):
         return rearrange(convolution(rearrange(x, "b t c -> b c t")), "b c t -> b t c")
 
 # %% ../nbs/03_speech.ipynb #2319ef9e
-def position_codes(length,  # T frames
+def position_codes(length,  # T tokens
                    width,   # size of a token
                   ):
-    "(T, w) sines and cosines with wavelengths of 2 to 2,000 frames, scaled to root-mean-square 1: as loud as a token."
-    waves = 2 * torch.pi / torch.logspace(np.log10(2), np.log10(2000), width // 2)         # (w/2,) radians per frame
+    "(T, w) sines and cosines with wavelengths of 2 to 2,000 tokens, scaled to root-mean-square 1: as loud as a token."
+    waves = 2 * torch.pi / torch.logspace(np.log10(2), np.log10(2000), width // 2)         # (w/2,) radians per token
     angles = torch.arange(length)[:, None] * waves                                         # (T, w/2)
     return F.pad(2 ** .5 * torch.cat([angles.sin(), angles.cos()], -1), (0, width % 2))    # (T, w)
 
