@@ -24,12 +24,12 @@ from .sim import sim_loss
 # %% ../nbs/11b_alignment.ipynb #fef0065a
 class Keys(NamedTuple):
     "What the teacher saw in one batch, on all processes together; tokens only if the queue keeps some."
-    speech: torch.Tensor  # (B, d) unit vectors
-    image: torch.Tensor   # (B, d)
-    ids: torch.Tensor     # (B,)
-    speech_tokens: torch.Tensor | None = None  # (B, 1+T, w)
-    speech_mask: torch.Tensor | None = None    # (B, 1+T)
-    image_tokens: torch.Tensor | None = None   # (B, 1+P, w)
+    speech: torch.Tensor  # (W, d) unit vectors
+    image: torch.Tensor   # (W, d)
+    ids: torch.Tensor     # (W,)
+    speech_tokens: torch.Tensor | None = None  # (W, 1+T, w)
+    speech_mask: torch.Tensor | None = None    # (W, 1+T)
+    image_tokens: torch.Tensor | None = None   # (W, 1+P, w)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class StepOutput:
 
 # %% ../nbs/11b_alignment.ipynb #d6229caf
 class Alignment(nn.Module):
-    "Coarse and fine alignment of a model: student, teacher, queue. forward computes, update moves (method: ALBEF retrieval, section 1.1)."
+    "Coarse and fine alignment of a model: student, teacher, queue. forward computes, update moves (as in ALBEF)."
 
     def __init__(self,
                  model,           # SpeechImageModel, the student

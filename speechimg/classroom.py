@@ -17,8 +17,8 @@ import nbformat
 from nbgrader.api import Gradebook
 
 from .assignments import all_assignments
-from .core import InputError, atomic_write
-from .gradebook import CONFIG, marks_of, nbgrader, sandbox, teacher_notebook
+from .core import InputError, atomic_write, read_json, write_json
+from .gradebook import CONFIG, marks_of, marks_path, nbgrader, sandbox, teacher_notebook
 from .grading import Marks, table, titles
 from .handout import source_notebook
 
@@ -103,7 +103,13 @@ def _enter(root: Path, assignment: str, students: list[str], readable: set) -> s
     with nbgrader(root) as api:
         for student in students:
             if student in readable:
-                if not api.autograde(assignment, student, force=True, create=True)["success"]:
+                path = marks_path(root, assignment, student)
+                known = read_json(path)
+                if known.get("entered") and (root / "autograded" / student / assignment).exists() and _in_book(api, assignment, student):
+                    continue  # again, nbgrader would ask for answers that have been read
+                if api.autograde(assignment, student, force=True, create=True)["success"]:
+                    write_json(path, known | {"entered": True})
+                else:
                     refused.add(student)
                 continue
             shutil.rmtree(root / "autograded" / student / assignment, ignore_errors=True)
@@ -115,6 +121,12 @@ def _enter(root: Path, assignment: str, students: list[str], readable: set) -> s
                         one.auto_score, one.needs_manual_grade = 0, False
                 book.db.commit()
     return refused
+
+
+def _in_book(api, assignment: str, student: str) -> bool:
+    "Whether nbgrader's gradebook knows this submission."
+    with Gradebook(api.coursedir.db_url, "speechimg") as book:
+        return any(one.student.id == student for one in book.assignment_submissions(assignment))
 
 
 def _write_csv(path: Path, marks: list[Marks]) -> None:

@@ -189,12 +189,12 @@ class Course:
         except ImportError as error: raise InputError("speechimg course", f"needs nbgrader ({error})", "pip install 'speechimg[course]'") from None
         if self.action == "build":
             names = build(self.out, self.seed, self.assignments)
-            return print(f"{len(names)} assignments in {self.out}: {', '.join(names)}\nhand out {self.out / 'release'} or {self.out / 'zip'}; collect into {self.out / 'submitted/STUDENT/ASSIGNMENT'}")
+            return print(f"{len(names)} assignment{'s' * (len(names) != 1)} in {self.out}: {', '.join(names)}\nhand out {self.out / 'release'} or {self.out / 'zip'}; collect into {self.out / 'submitted/STUDENT/ASSIGNMENT'}")
         handed_in = sorted({path.name for path in (self.out / "submitted").glob("*/*") if path.is_dir()})
         for name in self.assignments or handed_in:
             marks, text = grade(self.out, name, self.jobs, self.unsafe)
             shut = next((one.shut for one in marks if one.shut), [])
-            print(f"{name}: {len(marks)} submissions, kept from strangers' code by {', '.join(shut) or 'nothing'}\n\n{text}\n\nwritten to {self.out / 'marks' / name}.csv and the gradebook\n")
+            print(f"{name}: {len(marks)} submission{'s' * (len(marks) != 1)}, kept from strangers' code by {', '.join(shut) or 'nothing'}\n\n{text}\n\nwritten to {self.out / 'marks' / name}.csv and the gradebook\n")
         if not (self.assignments or handed_in): raise InputError(self.out / "submitted", "holds no submissions", "put notebooks into submitted/STUDENT/ASSIGNMENT/")
 
 

@@ -99,7 +99,7 @@ def listen(extractor,  # the feature extractor of a torchaudio HuBERT
 def hubert_layers(network,              # a torchaudio Wav2Vec2Model
                   wave,                 # (B, n)
                   lengths,              # (B,) samples that count
-                  checkpointing=False,  # keep less for the way back, compute it again
+                  checkpointing=False,  # keep less for the backward pass, compute it again
                  ):
     "What every transformer layer says, a list of (B, T, w), and (B,) frames; what lies behind a length changes nothing."
     wave = wave.masked_fill(~frame_mask(lengths, wave), 0.)

@@ -24,7 +24,7 @@ from .image import Pixels, square
 from .speech import Reader
 
 # %% ../nbs/05b_large.ipynb #f959f86a
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and spread of the colours that BLIP-2 was trained with
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and spread of the colours that CLIP, an older network for pictures and texts, was trained with; BLIP-2 took them over
 
 
 class Blip2Eyes(nn.Module):

@@ -65,7 +65,7 @@ def ring_slots(
 # %% ../nbs/06_queue.ipynb #955dbf75
 #| exercise: queue EmbeddingQueue.filled EmbeddingQueue.enqueue
 class EmbeddingQueue(nn.Module):
-    "A ring of the newest `size` pairs: embeddings, image ids and, for the newest `token_slots`, tokens (MoCo; ALBEF section 3)."
+    "A ring of the newest `size` pairs: embeddings, image ids and, for the newest `token_slots`, tokens (ALBEF section 3)."
 
     def __init__(
         self,
