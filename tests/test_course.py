@@ -468,6 +468,34 @@ def test_nothing_is_marked_twice_and_what_changed_is_marked_anew(classroom, monk
     assert all(again[student] == one.score for student, one in marks.items() if student != "empty")
 
 
+def test_what_a_teacher_gave_by_hand_survives_a_second_marking(classroom):
+    "Points and the mark *has been read* stay; a submission that changed is to be read again, and one that the book lost comes back."
+    from nbgrader.api import Gradebook
+
+    folder, _, _, _ = classroom
+    open_book = lambda: Gradebook(f"sqlite:///{folder}/gradebook.db", "speechimg")  # noqa: E731
+
+    def answer(book, student):
+        submission = next(one for one in book.assignment_submissions("sic") if one.student.id == student)
+        return next(one for notebook in submission.notebooks for one in notebook.grades if one.cell.cell_type == "markdown")
+
+    for student in ("right-0", "wrong-0"):
+        with open_book() as book:
+            one = answer(book, student)
+            one.manual_score, one.needs_manual_grade = 3.0, False
+            book.db.commit()
+    changed = json.loads((folder / "submitted" / "wrong-0" / "sic" / "sic.ipynb").read_text())
+    changed["cells"].append({"cell_type": "code", "id": "more", "metadata": {}, "source": "x = 1", "outputs": [], "execution_count": None})
+    write(folder, "wrong-0", changed)
+    with open_book() as book:
+        book.remove_submission("sic", "right-1")
+    grade(folder, "sic")
+    with open_book() as book:
+        kept, read_again = answer(book, "right-0"), answer(book, "wrong-0")
+        assert (kept.manual_score, kept.needs_manual_grade) == (3.0, False) and read_again.needs_manual_grade
+        assert answer(book, "right-1").needs_manual_grade
+
+
 def test_nbgraders_own_commands_go_on_working(classroom):
     folder, marks, _, _ = classroom
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
