@@ -479,21 +479,21 @@ def test_what_a_teacher_gave_by_hand_survives_a_second_marking(classroom):
         submission = next(one for one in book.assignment_submissions("sic") if one.student.id == student)
         return next(one for notebook in submission.notebooks for one in notebook.grades if one.cell.cell_type == "markdown")
 
-    for student in ("right-0", "wrong-0"):
+    for student in ("right-2", "wrong-1"):
         with open_book() as book:
             one = answer(book, student)
             one.manual_score, one.needs_manual_grade = 3.0, False
             book.db.commit()
-    changed = json.loads((folder / "submitted" / "wrong-0" / "sic" / "sic.ipynb").read_text())
+    changed = json.loads((folder / "submitted" / "wrong-1" / "sic" / "sic.ipynb").read_text())
     changed["cells"].append({"cell_type": "code", "id": "more", "metadata": {}, "source": "x = 1", "outputs": [], "execution_count": None})
-    write(folder, "wrong-0", changed)
+    write(folder, "wrong-1", changed)
     with open_book() as book:
         book.remove_submission("sic", "right-1")
     grade(folder, "sic")
     with open_book() as book:
-        kept, read_again = answer(book, "right-0"), answer(book, "wrong-0")
+        kept, read_again = answer(book, "right-2"), answer(book, "wrong-1")
         assert (kept.manual_score, kept.needs_manual_grade) == (3.0, False) and read_again.needs_manual_grade
-        assert answer(book, "right-1").needs_manual_grade
+        assert next(one for one in book.assignment_submissions("sic") if one.student.id == "right-1").score == most("sic")
 
 
 def test_nbgraders_own_commands_go_on_working(classroom):
@@ -570,7 +570,7 @@ def test_the_catalogue_is_what_the_chapters_say_and_holds_nothing_hidden():
 def test_the_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["course", "build", "--out", "c", "--seed", "3", "--assignments", "sic"]) == 0
-    assert "1 assignments in c: sic" in capsys.readouterr().out
+    assert "1 assignment in c: sic" in capsys.readouterr().out
     assert cli.main(["course", "grade", "--out", "c"]) == 2
     assert "holds no submissions" in capsys.readouterr().err
     write(tmp_path / "c", "ada", handed_in("sic"))
