@@ -33,7 +33,10 @@ import sources
 PACKAGE = "tuxpaint-stamps-default"
 SEED = 2022
 SAMPLE_RATE = 16_000
-CANVAS, BOX = 224, 204  # side of the picture and of the box that the stamp is fitted into, in pixels
+CANVAS, BOX = (
+    224,
+    204,
+)  # side of the picture and of the box that the stamp is fitted into, in pixels
 UPSCALE = 2.5  # the smallest stamps have 20 pixels: larger than this they turn to fog
 NOT_PICTURES = ("symbols/alphabets/", "symbols/math/", "symbols/numbers/")  # things that one reads
 RARE = 50  # a language with fewer recordings than this can neither be learnt from nor measured on
@@ -74,7 +77,9 @@ CUT = frozenset(
     "with in for of from on at to that who which used worn playing dancing hatched inside covered lets is are means "
     "resembles carry carries called said making like or and".split()
 )
-PLURAL_ONLY = frozenset("glasses sunglasses jeans pants scissors pliers binoculars fireworks".split())
+PLURAL_ONLY = frozenset(
+    "glasses sunglasses jeans pants scissors pliers binoculars fireworks".split()
+)
 # A kind of its last word: both names are kept ("fire truck", "truck").
 KINDS = frozenset(
     "fire truck|garbage truck|dump truck|tow truck|forklift truck|pickup truck|tanker truck|container truck|"
@@ -82,7 +87,9 @@ KINDS = frozenset(
     "christmas tree|palm tree|top hat|party hat|cowboy hat|hard hat|birthday cake|bass guitar|electric guitar|"
     "classical guitar|wild boar|laptop computer|digital camera|sail boat|t shirt|polo shirt|traffic cone|"
     "christmas stocking|easter egg|bicycle wheel|tractor wheel|american football|electric kettle|christmas hat|"
-    "mandarin orange|wheelie bin|compost bin|mobile telephone|steam locomotive|monarch butterfly".split("|")
+    "mandarin orange|wheelie bin|compost bin|mobile telephone|steam locomotive|monarch butterfly".split(
+        "|"
+    )
 )
 # Something else than its last word says: only the whole name is kept ("sea lion" is no lion).
 NAMES = frozenset(
@@ -179,8 +186,12 @@ def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     "Resample an RGBA picture with its colours weighted by alpha, so that hidden colours cannot bleed into the edge."
     pixels = np.asarray(picture.convert("RGBA"), np.float32) / 255  # (H, W, 4)
     pixels[..., :3] *= pixels[..., 3:]
-    planes = [Image.fromarray(pixels[..., i]).resize(size, Image.Resampling.LANCZOS) for i in range(4)]
-    return np.clip(np.stack([np.asarray(plane) for plane in planes], -1), 0, 1)  # (h, w, 4), premultiplied
+    planes = [
+        Image.fromarray(pixels[..., i]).resize(size, Image.Resampling.LANCZOS) for i in range(4)
+    ]
+    return np.clip(
+        np.stack([np.asarray(plane) for plane in planes], -1), 0, 1
+    )  # (h, w, 4), premultiplied
 
 
 def render(root: Path, name: str) -> bytes:
@@ -188,7 +199,9 @@ def render(root: Path, name: str) -> bytes:
     stem = root / name
     drawing, bitmap = stem.with_suffix(".svg"), stem.with_suffix(".png")
     if drawing.exists() and not (bitmap.exists() and LIVE_TEXT.search(drawing.read_bytes())):
-        png = resvg_py.svg_to_bytes(svg_path=str(drawing), width=4 * CANVAS, dpi=96, skip_system_fonts=True)
+        png = resvg_py.svg_to_bytes(
+            svg_path=str(drawing), width=4 * CANVAS, dpi=96, skip_system_fonts=True
+        )
         picture, limit = Image.open(io.BytesIO(bytes(png))).convert("RGBA"), 4.0
     else:
         picture, limit = Image.open(bitmap).convert("RGBA"), UPSCALE
@@ -320,7 +333,9 @@ def split_stamps(stamps: dict[str, dict], seed: int) -> dict[str, str]:
 
     first = {}
     for name, stamp in stamps.items():
-        shared = [stamp["texts"]["en"].lower()] + [caption["digest"] for caption in stamp["captions"]]
+        shared = [stamp["texts"]["en"].lower()] + [
+            caption["digest"] for caption in stamp["captions"]
+        ]
         for key in shared:
             if key in first:
                 a, b = sorted((find(name), find(first[key])))
@@ -340,7 +355,11 @@ def split_stamps(stamps: dict[str, dict], seed: int) -> dict[str, str]:
         filled = collections.Counter()
         for group in members:
             # Whichever split is furthest behind its share here; the whole corpus breaks ties.
-            behind = lambda split: (filled[split] / SPLITS[split], total[split] / SPLITS[split], split)  # noqa: E731
+            behind = lambda split: (
+                filled[split] / SPLITS[split],
+                total[split] / SPLITS[split],
+                split,
+            )  # noqa: E731
             split = min(SPLITS, key=behind)
             filled[split] += len(group)
             total[split] += len(group)
@@ -407,7 +426,9 @@ def survey(root: Path) -> tuple[dict[str, dict], list[dict]]:
             reason = "no description in this language"
         else:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            stamps[stem]["captions"].append({"file": name, "path": path, "language": language, "digest": digest})
+            stamps[stem]["captions"].append(
+                {"file": name, "path": path, "language": language, "digest": digest}
+            )
             continue
         dropped.append({"file": name, "language": language, "reason": reason})
     return stamps, dropped
@@ -431,16 +452,23 @@ def build(out: Path, workers: int) -> dict:
             kept = []
             for caption in stamp["captions"]:
                 if reason := converted[caption["digest"]][2]:
-                    dropped.append({"file": caption["file"], "language": caption["language"], "reason": reason})
+                    dropped.append(
+                        {"file": caption["file"], "language": caption["language"], "reason": reason}
+                    )
                 else:
                     kept.append(caption)
             stamp["captions"] = kept
-        without = [name for name, stamp in stamps.items() if not stamp["picture"] or not stamp["captions"]]
+        without = [
+            name for name, stamp in stamps.items() if not stamp["picture"] or not stamp["captions"]
+        ]
         left_out = [
-            {"stamp": name, "reason": "no recording" if stamps[name]["picture"] else "no picture"} for name in without
+            {"stamp": name, "reason": "no recording" if stamps[name]["picture"] else "no picture"}
+            for name in without
         ]
         stamps = {name: stamp for name, stamp in stamps.items() if name not in without}
-        pictures = dict(zip(stamps, pool.starmap(render, [(root, name) for name in stamps], chunksize=8)))
+        pictures = dict(
+            zip(stamps, pool.starmap(render, [(root, name) for name in stamps], chunksize=8))
+        )
 
     split_of = split_stamps(stamps, SEED)
     files = {"COPYRIGHT": copyright_text, "COPYING": licence}
@@ -449,7 +477,11 @@ def build(out: Path, workers: int) -> dict:
     seconds, captions, abridged, wavs = collections.Counter(), collections.Counter(), [], {}
     for name, stamp in stamps.items():
         label = name.replace("/", "-")
-        entry = {"image": f"images/{label}.webp", "captions": [], "concepts": nouns(stamp["texts"]["en"])}
+        entry = {
+            "image": f"images/{label}.webp",
+            "captions": [],
+            "concepts": nouns(stamp["texts"]["en"]),
+        }
         entry["scene"] = {"category": stamp["category"], "folder": stamp["folder"]}
         files[entry["image"]] = pictures[name]
         for caption in stamp["captions"]:
@@ -460,7 +492,13 @@ def build(out: Path, workers: int) -> dict:
             files[wav] = data
             text = stamp["texts"][language]
             entry["captions"].append(
-                {"text": text, "speaker": f"tuxpaint-{language}", "uttid": uttid, "wav": wav, "language": language}
+                {
+                    "text": text,
+                    "speaker": f"tuxpaint-{language}",
+                    "uttid": uttid,
+                    "wav": wav,
+                    "language": language,
+                }
             )
             seconds[language] += length
             captions[language] += 1
@@ -479,13 +517,16 @@ def build(out: Path, workers: int) -> dict:
         "pictures": {split: len(entries) for split, entries in manifests.items()},
         "captions": {
             split: {
-                language: captions[language] if split == "all" else captions[split, language] for language in languages
+                language: captions[language] if split == "all" else captions[split, language]
+                for language in languages
             }
             for split in manifests
         },
         "seconds": {language: round(seconds[language], 1) for language in languages},
         "recordings": len(wavs),
-        "categories": dict(sorted(collections.Counter(stamp["category"] for stamp in stamps.values()).items())),
+        "categories": dict(
+            sorted(collections.Counter(stamp["category"] for stamp in stamps.values()).items())
+        ),
         "dropped_counts": {
             reason: {language: n for (why, language), n in sorted(reasons.items()) if why == reason}
             for reason in sorted({why for why, _ in reasons})
@@ -504,11 +545,15 @@ def build(out: Path, workers: int) -> dict:
 def main() -> None:
     "Build the archive and print the counts."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("stamps.zip"), help="archive to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("stamps.zip"), help="archive to write"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()
     report = build(args.out, args.workers)
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {report['recordings']} different recordings")
+    print(
+        f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {report['recordings']} different recordings"
+    )
     for key in ("pictures", "captions", "seconds", "dropped_counts", "dropped_stamps"):
         print(f"{key}: {json.dumps(report[key], ensure_ascii=False)}")
 

@@ -33,10 +33,18 @@ class Source:
 SOURCES = {
     # pictures, descriptions and recordings of `stamps`
     "tuxpaint-stamps-default": Source(
-        "apt", "2022.06.04-1", "GPL-2.0-or-later", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"
+        "apt",
+        "2022.06.04-1",
+        "GPL-2.0-or-later",
+        "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     ),
     # drawing styles of `scenes`; the font is the style held out of training
-    "fonts-noto-color-emoji": Source("apt", "2.042-0+deb12u1", "OFL-1.1", "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751"),
+    "fonts-noto-color-emoji": Source(
+        "apt",
+        "2.042-0+deb12u1",
+        "OFL-1.1",
+        "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+    ),
     "@lobehub/fluent-emoji-3d": Source(
         "npm", "1.1.0", "MIT", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
     ),
@@ -44,10 +52,16 @@ SOURCES = {
         "npm", "1.2.6", "MIT", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
     "@twemoji/svg": Source(  # the package's own field says MIT: that is its code; the drawings are CC BY 4.0
-        "npm", "15.0.0", "CC-BY-4.0", "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3"
+        "npm",
+        "15.0.0",
+        "CC-BY-4.0",
+        "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
     ),
     "openmoji": Source(
-        "npm", "17.0.0", "CC-BY-SA-4.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"
+        "npm",
+        "17.0.0",
+        "CC-BY-SA-4.0",
+        "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
     ),
     # names of the emoji
     "emojibase-data": Source(
@@ -63,12 +77,16 @@ def download(name: str, source: Source, folder: Path) -> Path:
     else:
         command = ["npm", "pack", "--silent", f"{name}@{source.version}"]
     if shutil.which(command[0]) is None:
-        raise SystemExit(f"{name}: the client {command[0]} is not installed; install it, or use the committed archives")
+        raise SystemExit(
+            f"{name}: the client {command[0]} is not installed; install it, or use the committed archives"
+        )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SystemExit(f"{name} {source.version}: {command[0]} did not bring it ({last}); check that its index is fresh")
+        raise SystemExit(
+            f"{name} {source.version}: {command[0]} did not bring it ({last}); check that its index is fresh"
+        )
     return files[0]
 
 
@@ -90,11 +108,15 @@ def fetch(name: str) -> Path:
         file = download(name, source, incoming)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digest != source.digest:
-            raise SystemExit(f"{name} {source.version}: SHA-256 is {digest}, expected {source.digest}; not the pinned file")
+            raise SystemExit(
+                f"{name} {source.version}: SHA-256 is {digest}, expected {source.digest}; not the pinned file"
+            )
         if source.client == "apt":
             subprocess.run(["dpkg-deb", "-x", str(file), str(unpacked)], check=True)
         else:  # npm archives hold one top folder, "package"
-            subprocess.run(["tar", "-xzf", str(file), "-C", str(unpacked), "--strip-components=1"], check=True)
+            subprocess.run(
+                ["tar", "-xzf", str(file), "-C", str(unpacked), "--strip-components=1"], check=True
+            )
         try:
             unpacked.rename(target)
         except OSError:
@@ -106,7 +128,9 @@ def fetch(name: str) -> Path:
 def main(names: list[str]) -> None:
     "Fetch the named packages, or all of them, and say where they are."
     for name in names or SOURCES:
-        print(f"{name} {SOURCES[name].version if name in SOURCES else ''}: {fetch(name).relative_to(FOLDER.parent)}")
+        print(
+            f"{name} {SOURCES[name].version if name in SOURCES else ''}: {fetch(name).relative_to(FOLDER.parent)}"
+        )
 
 
 if __name__ == "__main__":

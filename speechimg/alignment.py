@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import Encoded
-from .distributed import all_rows, all_rows_with_gradient, average, longest, row_counts, sum_over_all, world
+from speechimg.distributed import (
+    all_rows,
+    all_rows_with_gradient,
+    average,
+    longest,
+    row_counts,
+    sum_over_all,
+    world,
+)
 from .distillation import alpha_ramp, soft_targets
 from .mining import sample_negatives
 from .queue import EmbeddingQueue, half_precision, make_teacher, update_momentum
@@ -24,157 +32,331 @@ from .sim import sim_loss
 # %% ../nbs/11b_alignment.ipynb #fef0065a
 class Keys(NamedTuple):
     "What the teacher saw in one batch, on all processes together; tokens only if the queue keeps some."
+
     speech: torch.Tensor  # (W, d) unit vectors
-    image: torch.Tensor   # (W, d)
-    ids: torch.Tensor     # (W,)
+    image: torch.Tensor  # (W, d)
+    ids: torch.Tensor  # (W,)
     speech_tokens: torch.Tensor | None = None  # (W, 1+T, w)
-    speech_mask: torch.Tensor | None = None    # (W, 1+T)
-    image_tokens: torch.Tensor | None = None   # (W, 1+P, w)
+    speech_mask: torch.Tensor | None = None  # (W, 1+T)
+    image_tokens: torch.Tensor | None = None  # (W, 1+P, w)
 
 
 @dataclass
 class StepOutput:
     "The result of one forward pass; nothing has changed yet."
-    loss: torch.Tensor             # to call backward on; its mean over all processes is the loss of the whole batch
-    sic: torch.Tensor              # contrastive loss, likewise
-    sim: torch.Tensor              # matching loss, likewise; 0 before sim_start_step. Always answering "1 of 3" gives 0.6365
-    alpha: float                   # share of the teacher in the targets
+
+    loss: (
+        torch.Tensor
+    )  # to call backward on; its mean over all processes is the loss of the whole batch
+    sic: torch.Tensor  # contrastive loss, likewise
+    sim: (
+        torch.Tensor
+    )  # matching loss, likewise; 0 before sim_start_step. Always answering "1 of 3" gives 0.6365
+    alpha: float  # share of the teacher in the targets
     speech_to_image: torch.Tensor  # (B, W+K) logits over the W pairs of all processes and the queue
     image_to_speech: torch.Tensor  # (B, W+K)
-    sim_logits: torch.Tensor       # (n, 2): B right pairs (2B with negatives from the queue), wrong pictures, wrong recordings
-    keys: Keys                     # for update
-    coarse_accuracy: float         # share of recordings nearest to their own picture within the batch
-    sim_accuracy: float            # share of pairs judged rightly; always "no" gives 2/3
-    used: bool = False             # update has seen it
+    sim_logits: (
+        torch.Tensor
+    )  # (n, 2): B right pairs (2B with negatives from the queue), wrong pictures, wrong recordings
+    keys: Keys  # for update
+    coarse_accuracy: float  # share of recordings nearest to their own picture within the batch
+    sim_accuracy: float  # share of pairs judged rightly; always "no" gives 2/3
+    used: bool = False  # update has seen it
 
 # %% ../nbs/11b_alignment.ipynb #d6229caf
 class Alignment(nn.Module):
     "Coarse and fine alignment of a model: student, teacher, queue. forward computes, update moves (as in ALBEF)."
 
-    def __init__(self,
-                 model,           # SpeechImageModel, the student
-                 speech_length=0, # tokens kept of a recording in the queue (if config.token_slots)
-                 image_length=0,  # tokens of a picture
-                ):
+    def __init__(
+        self,
+        model,  # SpeechImageModel, the student
+        speech_length=0,  # tokens kept of a recording in the queue (if config.token_slots)
+        image_length=0,  # tokens of a picture
+    ):
         super().__init__()
         config = model.config
         self.model, self.config, self.teacher = model, config, make_teacher(model.encoders)
-        self.queue = EmbeddingQueue(config.queue_size, config.dim, config.token_slots, config.width, speech_length, image_length)
+        self.queue = EmbeddingQueue(
+            config.queue_size,
+            config.dim,
+            config.token_slots,
+            config.width,
+            speech_length,
+            image_length,
+        )
 
     def train(self, mode=True):
         "The teacher never drops out: its keys should not be noisy."
         super().train(mode).teacher.eval()
         return self
 
-    def forward(self,
-                batch,           # data.Batch of B pairs: this process's part of W
-                step,            # optimiser steps done so far: decides warm-up, alpha, start of matching
-                generator=None,  # for the draw of negatives; in the same state on all processes
-               ):
+    def forward(
+        self,
+        batch,  # data.Batch of B pairs: this process's part of W
+        step,  # optimiser steps done so far: decides warm-up, alpha, start of matching
+        generator=None,  # for the draw of negatives; in the same state on all processes
+    ):
         "Losses and logits of one batch -> StepOutput. Teacher and queue are read, never changed."
-        config, model, queue, alone = self.config, self.model, self.queue, step < self.config.student_steps
+        config, model, queue, alone = (
+            self.config,
+            self.model,
+            self.queue,
+            step < self.config.student_steps,
+        )
         # 1: the temperature, in place only if it must be
         limits = config.temperature_min, config.temperature_max
-        if self.training and not limits[0] <= model.temperature <= limits[1]: clamp_temperature(model.temperature, *limits)
+        if self.training and not limits[0] <= model.temperature <= limits[1]:
+            clamp_temperature(model.temperature, *limits)
         # 2: the online towers read the batch
         with self.autocast(batch.ids.device):
             batch = prepared(model, batch)
             speech, image = encode(model, batch)
         # 3: targets, from the queue as it was before this batch
-        old_speech, old_image, old_ids = queue.filled() if step >= config.queue_warmup_steps else (kept[:0] for kept in queue.filled())
-        counts = row_counts(len(batch.ids), batch.ids.device)                                    # B of each process
-        ids = all_rows(batch.ids, counts)                                                        # (W,)
-        targets = id_targets(batch.ids, torch.cat([ids, old_ids]))                               # (B, W+K)
+        old_speech, old_image, old_ids = (
+            queue.filled()
+            if step >= config.queue_warmup_steps
+            else (kept[:0] for kept in queue.filled())
+        )
+        counts = row_counts(len(batch.ids), batch.ids.device)  # B of each process
+        ids = all_rows(batch.ids, counts)  # (W,)
+        targets = id_targets(batch.ids, torch.cat([ids, old_ids]))  # (B, W+K)
         # 4 is in update. 5: the teacher reads the batch; the student's own keys carry gradient all the same
         with torch.no_grad(), self.autocast(batch.ids.device):
             slow_speech, slow_image = (speech, image) if alone else encode(self.teacher, batch)
         # 6: keys, the batch first, then the queue
         collect = all_rows_with_gradient if alone else all_rows
-        new_speech, new_image = collect(slow_speech.embedding, counts), collect(slow_image.embedding, counts)
-        speech_keys, image_keys = torch.cat([new_speech, old_speech]), torch.cat([new_image, old_image])  # (W+K, d) each
+        new_speech, new_image = (
+            collect(slow_speech.embedding, counts),
+            collect(slow_image.embedding, counts),
+        )
+        speech_keys, image_keys = (
+            torch.cat([new_speech, old_speech]),
+            torch.cat([new_image, old_image]),
+        )  # (W+K, d) each
         # 7: soft targets, logits, contrastive loss
-        alpha = 0. if alone else alpha_ramp(step - config.student_steps, config.alpha_ramp_steps, config.alpha)
+        alpha = (
+            0.0
+            if alone
+            else alpha_ramp(step - config.student_steps, config.alpha_ramp_steps, config.alpha)
+        )
         both, temperature = (targets, targets), model.temperature.detach()
-        if alpha > 0: both = (soft_targets(similarity_logits(slow_speech.embedding, image_keys, temperature), targets, alpha),
-                              soft_targets(similarity_logits(slow_image.embedding, speech_keys, temperature), targets, alpha))
-        sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
+        if alpha > 0:
+            both = (
+                soft_targets(
+                    similarity_logits(slow_speech.embedding, image_keys, temperature),
+                    targets,
+                    alpha,
+                ),
+                soft_targets(
+                    similarity_logits(slow_image.embedding, speech_keys, temperature),
+                    targets,
+                    alpha,
+                ),
+            )
+        sic = sic_loss(
+            speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature
+        )
         # 8 is in update; what it will put into the queue
         keys = Keys(new_speech.detach(), new_image.detach(), ids)
-        if config.token_slots: keys = Keys(*keys[:3], *(all_rows(one, counts) for one in same_length(slow_speech)), all_rows(slow_image.tokens, counts))
+        if config.token_slots:
+            keys = Keys(
+                *keys[:3],
+                *(all_rows(one, counts) for one in same_length(slow_speech)),
+                all_rows(slow_image.tokens, counts),
+            )
         # 9: hard negatives, matching loss
         sim, sim_logits, right = sic.loss.new_zeros(()), sic.loss.new_zeros(0, 2), 0
         if step >= config.sim_start_step and config.sim_weight > 0:
-            sim, sim_logits, right = self.match_loss((speech, image), (slow_speech, slow_image), sic, ids, counts, step, generator)
-        coarse = sic.loss * (len(batch.ids) * len(counts) / len(ids))                            # 1, unless the processes have unequal parts
-        columns = sic.speech_to_image[:, :len(ids)].argmax(-1)
+            sim, sim_logits, right = self.match_loss(
+                (speech, image), (slow_speech, slow_image), sic, ids, counts, step, generator
+            )
+        coarse = sic.loss * (
+            len(batch.ids) * len(counts) / len(ids)
+        )  # 1, unless the processes have unequal parts
+        columns = sic.speech_to_image[:, : len(ids)].argmax(-1)
         yes = sim_logits.argmax(-1) == (torch.arange(len(sim_logits), device=sim.device) < right)
-        return StepOutput(coarse + config.sim_weight * sim, coarse.detach(), sim.detach(), alpha, sic.speech_to_image, sic.image_to_speech, sim_logits,
-                          keys, float((ids[columns] == batch.ids).float().mean()), float(yes.float().mean()) if len(yes) else 0.)
+        return StepOutput(
+            coarse + config.sim_weight * sim,
+            coarse.detach(),
+            sim.detach(),
+            alpha,
+            sic.speech_to_image,
+            sic.image_to_speech,
+            sim_logits,
+            keys,
+            float((ids[columns] == batch.ids).float().mean()),
+            float(yes.float().mean()) if len(yes) else 0.0,
+        )
 
     def autocast(self, device):  # half precision for towers and fusion only; every loss is float32
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(
+            device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        )
 
-    def match_loss(self, online, slow, sic, ids, counts, step, generator):  # my pairs as student and teacher see them, two Embedded each; SicOutput; ids (W,) and pairs of all processes
+    def match_loss(
+        self, online, slow, sic, ids, counts, step, generator
+    ):  # my pairs as student and teacher see them, two Embedded each; SicOutput; ids (W,) and pairs of all processes
         "Hard negatives of both directions, all pairs fused in one call -> (loss, logits, how many of them are right pairs)."
-        (speech, image), config, mine, size = online, self.config, world().rank, len(online[0].tokens)
-        memory = self.queue.tokens() if config.negatives == "queue" and step >= config.queue_warmup_steps else {"ids": ()}
+        (speech, image), config, mine, size = (
+            online,
+            self.config,
+            world().rank,
+            len(online[0].tokens),
+        )
+        memory = (
+            self.queue.tokens()
+            if config.negatives == "queue" and step >= config.queue_warmup_steps
+            else {"ids": ()}
+        )
         if len(memory["ids"]):  # the teacher's tokens
-            other_speech, other_image, key_ids = Encoded(memory["speech_tokens"], memory["speech_mask"]), memory["image_tokens"], memory["ids"]
-            to_image = similarity_logits(speech.embedding, memory["image"], self.model.temperature)    # (B, slots)
+            other_speech, other_image, key_ids = (
+                Encoded(memory["speech_tokens"], memory["speech_mask"]),
+                memory["image_tokens"],
+                memory["ids"],
+            )
+            to_image = similarity_logits(
+                speech.embedding, memory["image"], self.model.temperature
+            )  # (B, slots)
             to_speech = similarity_logits(image.embedding, memory["speech"], self.model.temperature)
-        else:                   # online tokens of all batches, with gradient
+        else:  # online tokens of all batches, with gradient
             tokens, mask = same_length(speech)
-            other_speech, other_image, key_ids = Encoded(all_rows_with_gradient(tokens, counts), all_rows(mask, counts)), all_rows_with_gradient(image.tokens, counts), ids
-            to_image, to_speech = sic.speech_to_image[:, :len(ids)], sic.image_to_speech[:, :len(ids)]  # (B, W)
-        own, hard, count = torch.arange(size, device=ids.device), config.negative_sampling == "hard", config.negatives_per_anchor
-        draw = lambda logits: sample_negatives(all_rows(logits, counts), ids, generator, key_ids, count, hard).reshape(len(ids), -1).split(counts)[mine]
-        wrong_image, wrong_speech = draw(to_image), draw(to_speech)                                # (B, count), -1 = none; everybody draws for all, alike
-        speech_anchor, wrong_image = (wrong_image >= 0).nonzero()[:, 0], wrong_image[wrong_image >= 0]
-        image_anchor, wrong_speech = (wrong_speech >= 0).nonzero()[:, 0], wrong_speech[wrong_speech >= 0]
-        heard, seen, right = [(speech, own)], [(image.tokens, own)], (own, own)                      # each recording and picture once; which of them are right pairs
-        spoken, shown = wrong_speech, wrong_image                                                    # rows of the wrong ones
-        if len(memory["ids"]):                                                                       # a right pair has one side of the teacher's as well, as coarse as in the queue
-            heard.append((Encoded(half_precision(slow[0].tokens), slow[0].mask), own)); seen.append((half_precision(slow[1].tokens), own))
-            right = torch.cat([own, size + own]), torch.cat([size + own, own])                       # (2B,)
-        if len(memory["ids"]) or world().size > 1:                                                   # the wrong ones come from elsewhere: below the others
-            heard.append((other_speech, wrong_speech)); seen.append((other_image, wrong_image))
-            spoken, shown = (len(right[0]) + torch.arange(len(rows), device=ids.device) for rows in (wrong_speech, wrong_image))
+            other_speech, other_image, key_ids = (
+                Encoded(all_rows_with_gradient(tokens, counts), all_rows(mask, counts)),
+                all_rows_with_gradient(image.tokens, counts),
+                ids,
+            )
+            to_image, to_speech = (
+                sic.speech_to_image[:, : len(ids)],
+                sic.image_to_speech[:, : len(ids)],
+            )  # (B, W)
+        own, hard, count = (
+            torch.arange(size, device=ids.device),
+            config.negative_sampling == "hard",
+            config.negatives_per_anchor,
+        )
+        draw = lambda logits: (
+            sample_negatives(all_rows(logits, counts), ids, generator, key_ids, count, hard)
+            .reshape(len(ids), -1)
+            .split(counts)[mine]
+        )
+        wrong_image, wrong_speech = (
+            draw(to_image),
+            draw(to_speech),
+        )  # (B, count), -1 = none; everybody draws for all, alike
+        speech_anchor, wrong_image = (
+            (wrong_image >= 0).nonzero()[:, 0],
+            wrong_image[wrong_image >= 0],
+        )
+        image_anchor, wrong_speech = (
+            (wrong_speech >= 0).nonzero()[:, 0],
+            wrong_speech[wrong_speech >= 0],
+        )
+        heard, seen, right = (
+            [(speech, own)],
+            [(image.tokens, own)],
+            (own, own),
+        )  # each recording and picture once; which of them are right pairs
+        spoken, shown = wrong_speech, wrong_image  # rows of the wrong ones
+        if len(
+            memory["ids"]
+        ):  # a right pair has one side of the teacher's as well, as coarse as in the queue
+            heard.append((Encoded(half_precision(slow[0].tokens), slow[0].mask), own))
+            seen.append((half_precision(slow[1].tokens), own))
+            right = torch.cat([own, size + own]), torch.cat([size + own, own])  # (2B,)
+        if (
+            len(memory["ids"]) or world().size > 1
+        ):  # the wrong ones come from elsewhere: below the others
+            heard.append((other_speech, wrong_speech))
+            seen.append((other_image, wrong_image))
+            spoken, shown = (
+                len(right[0]) + torch.arange(len(rows), device=ids.device)
+                for rows in (wrong_speech, wrong_image)
+            )
         tokens, mask, pictures = speech.tokens, speech.mask, image.tokens
-        if len(heard) > 1: tokens, mask, pictures = gather((one.tokens, rows) for one, rows in heard), gather((one.mask, rows) for one, rows in heard), gather(seen)
-        pairs = torch.cat([right[0], speech_anchor, spoken]), torch.cat([right[1], shown, image_anchor])  # right pairs, wrong pictures, wrong recordings
-        with self.autocast(ids.device): logits = self.model.match(tokens, mask, pictures, pairs)
-        share = len(logits) * len(counts) / sum_over_all(len(logits), logits.device)                      # 1, unless the processes have unequally many pairs
-        return share * sim_loss(*logits.split([len(right[0]), len(wrong_image), len(wrong_speech)])), logits, len(right[0])
+        if len(heard) > 1:
+            tokens, mask, pictures = (
+                gather((one.tokens, rows) for one, rows in heard),
+                gather((one.mask, rows) for one, rows in heard),
+                gather(seen),
+            )
+        pairs = (
+            torch.cat([right[0], speech_anchor, spoken]),
+            torch.cat([right[1], shown, image_anchor]),
+        )  # right pairs, wrong pictures, wrong recordings
+        with self.autocast(ids.device):
+            logits = self.model.match(tokens, mask, pictures, pairs)
+        share = (
+            len(logits) * len(counts) / sum_over_all(len(logits), logits.device)
+        )  # 1, unless the processes have unequally many pairs
+        return (
+            share * sim_loss(*logits.split([len(right[0]), len(wrong_image), len(wrong_speech)])),
+            logits,
+            len(right[0]),
+        )
 
-    def update(self, *outputs):  # StepOutput of this step; several when gradients were accumulated over micro-batches
+    def update(
+        self, *outputs
+    ):  # StepOutput of this step; several when gradients were accumulated over micro-batches
         "After the optimiser step: the teacher follows once, the keys enter the queue once. Raises RuntimeError outside training."
-        if not self.training: raise RuntimeError("Alignment.update: only training moves the teacher and the queue; call .train() first")
-        if any(output.used for output in outputs): raise RuntimeError("Alignment.update: this output was applied before")
-        average(self.model.encoders.buffers())  # running statistics of batches differ between processes; weights do not
-        update_momentum(self.teacher, self.model.encoders, self.config.momentum)  # 4, for the next step
+        if not self.training:
+            raise RuntimeError(
+                "Alignment.update: only training moves the teacher and the queue; call .train() first"
+            )
+        if any(output.used for output in outputs):
+            raise RuntimeError("Alignment.update: this output was applied before")
+        average(
+            self.model.encoders.buffers()
+        )  # running statistics of batches differ between processes; weights do not
+        update_momentum(
+            self.teacher, self.model.encoders, self.config.momentum
+        )  # 4, for the next step
         for output in outputs:
-            self.queue.enqueue(*output.keys); output.used = True                  # 8
+            self.queue.enqueue(*output.keys)
+            output.used = True  # 8
 
 
 def gather(parts):  # (tensor (N, T, ...), rows (n,)) each
     "The chosen rows of several tensors below each other, padded with zeros (False) to the longest T."
     parts = list(parts)
-    length, dtype = max(tensor.shape[1] for tensor, _ in parts), parts[0][0].dtype  # tokens of the queue: other lengths, half precision
-    return torch.cat([F.pad(tensor.index_select(0, rows).to(dtype), (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]))
-                      for tensor, rows in parts])                                                  # (sum of n, length, ...)
+    length, dtype = (
+        max(tensor.shape[1] for tensor, _ in parts),
+        parts[0][0].dtype,
+    )  # tokens of the queue: other lengths, half precision
+    return torch.cat(
+        [
+            F.pad(
+                tensor.index_select(0, rows).to(dtype),
+                (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]),
+            )
+            for tensor, rows in parts
+        ]
+    )  # (sum of n, length, ...)
 
 
 def encode(encoders, batch):  # SpeechImageModel or DualEncoder, data.Batch
     "Both sides of a batch: (speech, image), each Embedded."
-    return encoders.encode_speech(batch.speech, batch.speech_lengths), encoders.encode_image(batch.image)
+    return encoders.encode_speech(batch.speech, batch.speech_lengths), encoders.encode_image(
+        batch.image
+    )
 
 
 def prepared(model, batch):  # SpeechImageModel, data.Batch
     "The batch as its frozen towers leave it, computed once for student and teacher; as it is where no tower offers that."
     for side, tower in (("speech", model.speech_tower), ("image", model.image_tower)):
-        if not hasattr(tower, "prepare"): continue
-        if side == "speech": batch = replace(batch, **dict(zip(("speech", "speech_lengths"), tower.prepare(batch.speech, batch.speech_lengths))))
-        else: batch = replace(batch, image=tower.prepare(batch.image, None)[0])
+        if not hasattr(tower, "prepare"):
+            continue
+        if side == "speech":
+            batch = replace(
+                batch,
+                **dict(
+                    zip(
+                        ("speech", "speech_lengths"),
+                        tower.prepare(batch.speech, batch.speech_lengths),
+                    )
+                ),
+            )
+        else:
+            batch = replace(batch, image=tower.prepare(batch.image, None)[0])
     return batch
 
 
@@ -182,4 +364,3 @@ def same_length(encoded):  # Embedded of this process
     "(tokens (B, T, w), mask (B, T)), padded to the longest T of all processes, so that they can be collected."
     more = longest(encoded.tokens.shape[1], encoded.tokens.device) - encoded.tokens.shape[1]
     return F.pad(encoded.tokens, (0, 0, 0, more)), F.pad(encoded.mask, (0, more))
-

@@ -17,7 +17,12 @@ from . import core
 from .core import InputError
 
 # %% ../nbs/18c_assignments.ipynb #6a669aa7
-HARMLESS = ("property", "staticmethod", "classmethod", "dataclass")  # decorators that are no part of a solution
+HARMLESS = (
+    "property",
+    "staticmethod",
+    "classmethod",
+    "dataclass",
+)  # decorators that are no part of a solution
 
 
 def functions(tree: ast.AST, before: str = ""):
@@ -36,14 +41,21 @@ def stub(
     "Make an exercise of its solution. ValueError for a target that is not in it."
     lines, found = source.splitlines(), dict(functions(ast.parse(source)))
     if missing := set(targets) - set(found):
-        raise ValueError(f"stub: no function is called {', '.join(sorted(missing))}; there are {', '.join(found)}")
-    for name, node in sorted(found.items(), key=lambda one: -one[1].lineno):  # from below, so that line numbers above stay true
+        raise ValueError(
+            f"stub: no function is called {', '.join(sorted(missing))}; there are {', '.join(found)}"
+        )
+    for name, node in sorted(
+        found.items(), key=lambda one: -one[1].lineno
+    ):  # from below, so that line numbers above stay true
         if targets and name not in targets:
             continue
         documented, first = ast.get_docstring(node) is not None, node.body[0]
         task = f'raise NotImplementedError("{name}")'
         if first.lineno == node.lineno:  # def f(x): return x
-            lines[node.lineno - 1 : node.end_lineno] = [lines[node.lineno - 1][: first.col_offset].rstrip(), " " * (node.col_offset + 4) + task]
+            lines[node.lineno - 1 : node.end_lineno] = [
+                lines[node.lineno - 1][: first.col_offset].rstrip(),
+                " " * (node.col_offset + 4) + task,
+            ]
         else:
             start = first.end_lineno if documented else _signature_end(lines, node)
             lines[start : node.end_lineno] = [" " * (node.col_offset + 4) + task]
@@ -69,6 +81,7 @@ DIRECTIVE = re.compile(r"^#\|\s*(\w+):?[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 @dataclass
 class Part:
     "One cell of an assignment."
+
     kind: str  # text, given, solution, check or question
     source: str
     names: tuple = ()  # what it defines, or what a check or task is about
@@ -82,6 +95,7 @@ class Part:
 @dataclass
 class Assignment:
     "What is handed out, in order."
+
     name: str
     title: str
     minutes: int
@@ -108,12 +122,26 @@ def _marks(cell: dict) -> tuple[str, dict[str, str]]:
 def _defined(tree: ast.Module) -> tuple:
     "Names that a cell defines at its top level."
     names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    return tuple(names + [name.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)])
+    return tuple(
+        names
+        + [
+            name.id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            for name in ast.walk(target)
+            if isinstance(name, ast.Name)
+        ]
+    )
 
 
 def names_read(tree: ast.AST) -> set[str]:
     "Names that a cell reads."
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
 
 
 def _imports(tree: ast.Module, wanted: set[str]) -> list[str]:
@@ -121,7 +149,9 @@ def _imports(tree: ast.Module, wanted: set[str]) -> list[str]:
     lines = []
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            node.names = [one for one in node.names if (one.asname or one.name).split(".")[0] in wanted]
+            node.names = [
+                one for one in node.names if (one.asname or one.name).split(".")[0] in wanted
+            ]
             if node.names:
                 lines.append(ast.unparse(node))
     return lines
@@ -145,40 +175,87 @@ def read_assignments(
                 continue
             name, *words = marks[kind].split("|")[0].split()
             if name not in found:
-                raise InputError(path, f"{kind}: {marks[kind]} is for an assignment that is not in this chapter", "begin it with <!-- assignment: NAME | TITLE | MINUTES minutes -->")
+                raise InputError(
+                    path,
+                    f"{kind}: {marks[kind]} is for an assignment that is not in this chapter",
+                    "begin it with <!-- assignment: NAME | TITLE | MINUTES minutes -->",
+                )
             try:
                 found[name].parts.append(_part(kind, text, words))
             except (ValueError, IndexError, SyntaxError) as error:
-                raise InputError(path, f"{kind}: {marks[kind]} cannot be understood ({error})", "see the table of marks in chapter 18c") from None
+                raise InputError(
+                    path,
+                    f"{kind}: {marks[kind]} cannot be understood ({error})",
+                    "see the table of marks in chapter 18c",
+                ) from None
     for one in found.values():
-        one.parts = _in_order(one.parts, _given(one, [(text, marks) for text, marks, cell in cells if cell["cell_type"] == "code"]))
+        one.parts = _in_order(
+            one.parts,
+            _given(
+                one, [(text, marks) for text, marks, cell in cells if cell["cell_type"] == "code"]
+            ),
+        )
     return list(found.values())
 
 
 def _part(kind: str, text: str, words: list[str]) -> Part:
     "One marked cell."
     if kind == "exercise":
-        return Part("solution", text, tuple(dict.fromkeys(word.split(".")[0] for word in words)) or _defined(ast.parse(text)), targets=tuple(words))
+        return Part(
+            "solution",
+            text,
+            tuple(dict.fromkeys(word.split(".")[0] for word in words)) or _defined(ast.parse(text)),
+            targets=tuple(words),
+        )
     if kind == "check":
         tree = ast.parse(text)
         title = ast.get_docstring(tree)
         if not title:
             raise ValueError("a check begins with a sentence in quotes that says what it looks at")
-        return Part("check", text, tuple(sorted(names_read(tree))), float(words[0]), "hidden" in words, title=" ".join(title.split()))
+        return Part(
+            "check",
+            text,
+            tuple(sorted(names_read(tree))),
+            float(words[0]),
+            "hidden" in words,
+            title=" ".join(title.split()),
+        )
     if kind == "question":
         rubric = RUBRIC.search(text)
         if not rubric:
             raise ValueError("a question ends with <!-- rubric ... -->")
-        return Part("question", RUBRIC.sub("", text).strip(), points=float(words[0]), rubric=rubric[1].strip())
-    text = text.partition("**Without a teacher:**")[0]  # who has one is handed the checks and not the solution
+        return Part(
+            "question",
+            RUBRIC.sub("", text).strip(),
+            points=float(words[0]),
+            rubric=rubric[1].strip(),
+        )
+    text = text.partition("**Without a teacher:**")[
+        0
+    ]  # who has one is handed the checks and not the solution
     return Part("text", text.strip(), tuple(words))
 
 # %% ../nbs/18c_assignments.ipynb #6345116e
 def _given(one: Assignment, cells: list[tuple[str, dict]]) -> list[Part]:
     "The imports, and the exported cells of the chapter, that the solution or a check needs and that are no exercise."
-    wanted = {name for part in one.parts if part.kind in ("solution", "check") for tree in [ast.parse(part.source)] for name in names_read(tree)}
-    wanted |= {name.split(".")[0] for part in one.parts if part.kind == "solution" for name in re.findall(r"[\w.]+", part.source)}  # annotations, bases
-    ours = [(text, ast.parse(text)) for text, marks in cells if "export" in marks and "exercise" not in marks]
+    wanted = {
+        name
+        for part in one.parts
+        if part.kind in ("solution", "check")
+        for tree in [ast.parse(part.source)]
+        for name in names_read(tree)
+    }
+    wanted |= {
+        name.split(".")[0]
+        for part in one.parts
+        if part.kind == "solution"
+        for name in re.findall(r"[\w.]+", part.source)
+    }  # annotations, bases
+    ours = [
+        (text, ast.parse(text))
+        for text, marks in cells
+        if "export" in marks and "exercise" not in marks
+    ]
     taken: list[str] = []
     grows = True
     while grows:
@@ -190,18 +267,31 @@ def _given(one: Assignment, cells: list[tuple[str, dict]]) -> list[Part]:
                 grows = True
     imports = [line for _, tree in ours for line in _imports(tree, wanted - {"torch"})]
     set_up = ["import torch", *imports, "from speechimg.course import expect, gradients"]
-    return [Part("given", "\n".join(dict.fromkeys(set_up))), *[Part("given", text, _defined(tree)) for text, tree in ours if text in taken]]
+    return [
+        Part("given", "\n".join(dict.fromkeys(set_up))),
+        *[Part("given", text, _defined(tree)) for text, tree in ours if text in taken],
+    ]
 
 
 def _in_order(parts: list[Part], given: list[Part]) -> list[Part]:
     "Purpose, what is given, then each task with its solution and its checks, then the questions."
     solutions = [part for part in parts if part.kind == "solution"]
     place = {name: index for index, part in enumerate(solutions) for name in part.names}
-    last = lambda names: max((place[name.split(".")[0]] for name in names if name.split(".")[0] in place), default=len(solutions) - 1)  # noqa: E731
+    last = lambda names: max(
+        (place[name.split(".")[0]] for name in names if name.split(".")[0] in place),
+        default=len(solutions) - 1,
+    )  # noqa: E731
     ordered = [part for part in parts if part.kind == "text" and not part.names] + given
     for index, solution in enumerate(solutions):
-        ordered += [part for part in parts if part.kind == "text" and part.names and last(part.names) == index] + [solution]
-        ordered += sorted((part for part in parts if part.kind == "check" and last(part.names) == index), key=lambda part: part.hidden)
+        ordered += [
+            part
+            for part in parts
+            if part.kind == "text" and part.names and last(part.names) == index
+        ] + [solution]
+        ordered += sorted(
+            (part for part in parts if part.kind == "check" and last(part.names) == index),
+            key=lambda part: part.hidden,
+        )
     return ordered + [part for part in parts if part.kind == "question"]
 
 # %% ../nbs/18c_assignments.ipynb #813182fd
@@ -209,10 +299,18 @@ def chapters_dir() -> Path:
     "The folder `nbs` of a clone. InputError where there is none."
     folder = Path(core.__file__).resolve().parent.parent / "nbs"
     if not (folder / "07_sic.ipynb").exists():
-        raise InputError(folder, "the chapters are not here: an installed package does not hold them", "clone the project and run this inside of it")
+        raise InputError(
+            folder,
+            "the chapters are not here: an installed package does not hold them",
+            "clone the project and run this inside of it",
+        )
     return folder
 
 
 def all_assignments(folder: Path | None = None) -> list[Assignment]:
     "Every assignment of the chapters, in their order. InputError as in `read_assignments`."
-    return [one for path in sorted((folder or chapters_dir()).glob("[0-9]*.ipynb")) for one in read_assignments(path)]
+    return [
+        one
+        for path in sorted((folder or chapters_dir()).glob("[0-9]*.ipynb"))
+        for one in read_assignments(path)
+    ]

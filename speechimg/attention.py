@@ -17,37 +17,64 @@ from torch import nn
 # %% ../nbs/00b_attention.ipynb #94e455f1
 def clean(x, mask):
     "x (B, T, w) with zeros where mask (B, T) is False, which multiplying by 0 would not do: 0 x NaN is NaN. None = all valid."
-    return x if mask is None else torch.where(rearrange(mask, "b t -> b t 1"), x, 0.)
+    return x if mask is None else torch.where(rearrange(mask, "b t -> b t 1"), x, 0.0)
 
-def attend(query, key, value,  # (B, H, T, d), and (B, H, S, d) twice
-           mask=None,          # (B, S) bool, True = valid
-           dropout=0.):        # share of weights dropped
+
+def attend(
+    query,
+    key,
+    value,  # (B, H, T, d), and (B, H, S, d) twice
+    mask=None,  # (B, S) bool, True = valid
+    dropout=0.0,
+):  # share of weights dropped
     "(B, H, T, d): for each query the mean of the values, weighted by how well their keys fit."
     if query.is_cuda or query.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(query, key, value, None if mask is None else rearrange(mask, "b s -> b 1 1 s"), dropout)
-    q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (query, key, value))      # a CPU takes ten times as long for
-    bias = q.new_zeros(1, 1, 1)                                                        # the fused backward in bfloat16
-    if mask is not None: bias = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf).repeat_interleave(query.shape[1], 0)[:, None]
-    weights = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)      # (B H, T, S)
+        return F.scaled_dot_product_attention(
+            query, key, value, None if mask is None else rearrange(mask, "b s -> b 1 1 s"), dropout
+        )
+    q, k, v = (
+        rearrange(x, "b h t d -> (b h) t d") for x in (query, key, value)
+    )  # a CPU takes ten times as long for
+    bias = q.new_zeros(1, 1, 1)  # the fused backward in bfloat16
+    if mask is not None:
+        bias = (
+            q.new_zeros(mask.shape)
+            .masked_fill(~mask, -torch.inf)
+            .repeat_interleave(query.shape[1], 0)[:, None]
+        )
+    weights = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)  # (B H, T, S)
     return (F.dropout(weights, dropout) @ v).view(query.shape)
+
 
 class Attention(nn.Module):
     "Multi-head attention in which a masked key has exactly no influence, whatever it holds (NaN included)."
-    def __init__(self, width,   # size of a token; a multiple of heads
-                 heads,         # how many attentions run side by side
-                 dropout=0.):   # share of attention weights dropped in training
+
+    def __init__(
+        self,
+        width,  # size of a token; a multiple of heads
+        heads,  # how many attentions run side by side
+        dropout=0.0,
+    ):  # share of attention weights dropped in training
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-    def split(self, x): return rearrange(x, "b t (h d) -> b h t d", h=self.heads)           # (B, T, w) -> (B, H, T, w/H)
-    def forward(self, x,       # (B, T, w) the tokens that ask
-                context=None,  # (B, S, w) the tokens that answer; x itself when left out
-                mask=None,     # (B, S) bool, True = valid; all valid when left out
-                answers=None): # keys and values of the context, where they are known already
+
+    def split(self, x):
+        return rearrange(x, "b t (h d) -> b h t d", h=self.heads)  # (B, T, w) -> (B, H, T, w/H)
+
+    def forward(
+        self,
+        x,  # (B, T, w) the tokens that ask
+        context=None,  # (B, S, w) the tokens that answer; x itself when left out
+        mask=None,  # (B, S) bool, True = valid; all valid when left out
+        answers=None,
+    ):  # keys and values of the context, where they are known already
         "Each token of x becomes a weighted mean of what the valid context tokens say."
         key, value = answers or self.answers(clean(x if context is None else context, mask))
-        attended = attend(self.split(self.query(x)), key, value, mask, self.dropout if self.training else 0.)
-        return self.output(rearrange(attended, "b h t d -> b t (h d)"))                     # (B, T, w)
+        attended = attend(
+            self.split(self.query(x)), key, value, mask, self.dropout if self.training else 0.0
+        )
+        return self.output(rearrange(attended, "b h t d -> b t (h d)"))  # (B, T, w)
 
     def answers(self, context):  # (B, S, w)
         "Keys and values, (B, H, S, w/H) each: they do not depend on who asks."
@@ -57,45 +84,73 @@ class Attention(nn.Module):
         "(B, H, T, S): who looks at whom, to plot; each row sums to 1 over the valid context."
         context = clean(x if context is None else context, mask)
         query, key = self.split(self.query(x)), self.split(self.key(context))
-        scores = query.float() @ key.float().mT / math.sqrt(query.shape[-1])                # (B, H, T, S)
-        if mask is not None: scores = scores.masked_fill(~rearrange(mask, "b s -> b 1 1 s"), -torch.inf)
+        scores = query.float() @ key.float().mT / math.sqrt(query.shape[-1])  # (B, H, T, S)
+        if mask is not None:
+            scores = scores.masked_fill(~rearrange(mask, "b s -> b 1 1 s"), -torch.inf)
         return scores.softmax(-1)
 
 # %% ../nbs/00b_attention.ipynb #392098f7
 class Block(nn.Module):
     "Pre-norm transformer block: self-attention, optional cross-attention, feed-forward. Padding stays zero throughout."
-    def __init__(self, width,   # size of a token
-                 heads,         # attention heads; divides width
-                 dropout=0.,    # in the attention and on each branch
-                 cross=False):  # also look at a second stream of tokens
-        super().__init__()
-        self.cross, self.norm_self, self.attend_self = cross, nn.LayerNorm(width), Attention(width, heads, dropout)
-        if cross: self.norm_cross, self.attend_cross = nn.LayerNorm(width), Attention(width, heads, dropout)
-        self.norm_feed, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
-    def forward(self, x,             # (B, T, w)
-                mask=None,           # (B, T) bool, True = valid; None = all valid
-                context=None,        # (B, S, w) the other stream, needed exactly when cross=True
-                context_mask=None):  # (B, S) bool
+    def __init__(
+        self,
+        width,  # size of a token
+        heads,  # attention heads; divides width
+        dropout=0.0,  # in the attention and on each branch
+        cross=False,
+    ):  # also look at a second stream of tokens
+        super().__init__()
+        self.cross, self.norm_self, self.attend_self = (
+            cross,
+            nn.LayerNorm(width),
+            Attention(width, heads, dropout),
+        )
+        if cross:
+            self.norm_cross, self.attend_cross = (
+                nn.LayerNorm(width),
+                Attention(width, heads, dropout),
+            )
+        self.norm_feed, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+
+    def forward(
+        self,
+        x,  # (B, T, w)
+        mask=None,  # (B, T) bool, True = valid; None = all valid
+        context=None,  # (B, S, w) the other stream, needed exactly when cross=True
+        context_mask=None,
+    ):  # (B, S) bool
         "(B, T, w), zero at padded positions."
-        assert self.cross == (context is not None), "a cross-attention block needs a context, and only such a block takes one"
+        assert self.cross == (context is not None), (
+            "a cross-attention block needs a context, and only such a block takes one"
+        )
         return clean(self.think(self.listen(x, mask), context, context_mask), mask)
 
-    def listen(self, x, mask=None, first=None):  # as in forward; how many of its tokens are wanted, None = all
+    def listen(
+        self, x, mask=None, first=None
+    ):  # as in forward; how many of its tokens are wanted, None = all
         "The first step: what each token hears from its own stream, whatever the other stream holds."
         x = clean(x, mask)
-        heard = self.norm_self(x)                                   # clean, too: the mask alone silences what is finite
+        heard = self.norm_self(x)  # clean, too: the mask alone silences what is finite
         answers = self.attend_self.answers(heard)
-        return x[:, :first] + self.drop(self.attend_self(heard[:, :first], mask=mask, answers=answers))
+        return x[:, :first] + self.drop(
+            self.attend_self(heard[:, :first], mask=mask, answers=answers)
+        )
 
-    def think(self, x, context=None, context_mask=None, answers=None):  # as in forward; or the answers of attend_cross
+    def think(
+        self, x, context=None, context_mask=None, answers=None
+    ):  # as in forward; or the answers of attend_cross
         "The other steps, token by token."
-        if self.cross: x = x + self.drop(self.attend_cross(self.norm_cross(x), context, context_mask, answers))
+        if self.cross:
+            x = x + self.drop(self.attend_cross(self.norm_cross(x), context, context_mask, answers))
         return x + self.drop(self.feed(self.norm_feed(x)))
 
 # %% ../nbs/00b_attention.ipynb #b521e6ac
 class Encoded(NamedTuple):
     "What every tower returns; token 0 is [CLS], which speaks for the whole."
+
     tokens: torch.Tensor  # (B, 1+T, w)
-    mask: torch.Tensor    # (B, 1+T) bool, True = valid
+    mask: torch.Tensor  # (B, 1+T) bool, True = valid

@@ -19,85 +19,161 @@ from .core import InputError
 # %% ../nbs/01d_batching.ipynb #a1a20c75
 def sibling_units(ids, groups, order, most):
     "Captions to draw together: lists of 2 to `most` captions of one group and different images, similar in `order`, each caption once."
-    members, units = {}, []                           # group -> image -> its captions
+    members, units = {}, []  # group -> image -> its captions
     for index in np.argsort(order).tolist():
-        if groups[index] >= 0: members.setdefault(groups[index], {}).setdefault(ids[index], []).append(index)
+        if groups[index] >= 0:
+            members.setdefault(groups[index], {}).setdefault(ids[index], []).append(index)
     for images in members.values():
-        while len(images) > 1:                        # a round: one caption of every image that still has one
-            drawn = [captions.pop() for captions in images.values()]; images = {image: captions for image, captions in images.items() if captions}
-            parts = -(-len(drawn) // most)            # 5 captions in units of at most 4: 3 + 2, so that nobody is alone
+        while len(images) > 1:  # a round: one caption of every image that still has one
+            drawn = [captions.pop() for captions in images.values()]
+            images = {image: captions for image, captions in images.items() if captions}
+            parts = -(
+                -len(drawn) // most
+            )  # 5 captions in units of at most 4: 3 + 2, so that nobody is alone
             units += [drawn[part::parts] for part in range(parts)]
     return [unit for unit in units if len(unit) > 1]
 
-def epoch_batches(features, batch_size, generator,     # has .ids, .groups, .lengths; captions per batch; same state, same batches
-                  captions_per_image=1, siblings=0.,   # at most, in one batch, 0 = no limit; share of each batch drawn as siblings
-                  bucket=True, drop_last=True):        # similar lengths together, so that little is padded; only full batches
+
+def epoch_batches(
+    features,
+    batch_size,
+    generator,  # has .ids, .groups, .lengths; captions per batch; same state, same batches
+    captions_per_image=1,
+    siblings=0.0,  # at most, in one batch, 0 = no limit; share of each batch drawn as siblings
+    bucket=True,
+    drop_last=True,
+):  # similar lengths together, so that little is padded; only full batches
     "One epoch: lists of caption indices, each caption at most once. Raises InputError if not even one full batch can be made."
     ids, groups, n = features.ids.tolist(), features.groups.tolist(), len(features.ids)
     rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
-    order = rng.uniform(0.9, 1.1, n) * (features.lengths if bucket else 1)  # noisy: new neighbours in every epoch
-    units = sibling_units(ids, groups, order, min(4, batch_size)) if siblings and batch_size > 1 else []
+    order = rng.uniform(0.9, 1.1, n) * (
+        features.lengths if bucket else 1
+    )  # noisy: new neighbours in every epoch
+    units = (
+        sibling_units(ids, groups, order, min(4, batch_size)) if siblings and batch_size > 1 else []
+    )
     together = [units[place] for place in rng.permutation(len(units))]
-    together = together[:np.searchsorted(np.cumsum([len(unit) for unit in together]), siblings * n, "right")]  # the others dissolve
-    share, alone = len(taken := {index for unit in together for index in unit}), [[index] for index in rng.permutation(n).tolist() if index not in taken]
-    spare, reverse = alone[:n % batch_size + batch_size], bool(rng.integers(2))  # the last batches take what is left: not always the longest
-    together, alone = (deque(sorted(some, key=lambda unit: max(order[index] for index in unit), reverse=reverse)) for some in (together, alone[len(spare):]))
+    together = together[
+        : np.searchsorted(np.cumsum([len(unit) for unit in together]), siblings * n, "right")
+    ]  # the others dissolve
+    share, alone = (
+        len(taken := {index for unit in together for index in unit}),
+        [[index] for index in rng.permutation(n).tolist() if index not in taken],
+    )
+    spare, reverse = (
+        alone[: n % batch_size + batch_size],
+        bool(rng.integers(2)),
+    )  # the last batches take what is left: not always the longest
+    together, alone = (
+        deque(sorted(some, key=lambda unit: max(order[index] for index in unit), reverse=reverse))
+        for some in (together, alone[len(spare) :])
+    )
     alone.extend(spare)
+
     def fill(batch, counts, source, until):
-        passed = []                                   # what does not fit now comes first in the next batch
+        passed = []  # what does not fit now comes first in the next batch
         while source and len(batch) < until:
             unit = source.popleft()
-            if len(batch) + len(unit) <= batch_size and all(counts[ids[index]] < (captions_per_image or n) for index in unit):
-                batch += unit; counts.update(ids[index] for index in unit)
-            else: passed.append(unit)
+            if len(batch) + len(unit) <= batch_size and all(
+                counts[ids[index]] < (captions_per_image or n) for index in unit
+            ):
+                batch += unit
+                counts.update(ids[index] for index in unit)
+            else:
+                passed.append(unit)
         source.extendleft(reversed(passed))
+
     batches, total = [], max(1, n // batch_size if drop_last else -(-n // batch_size))
     while together or alone:
-        batch, counts, given = [], Counter(), share - sum(map(len, together))  # siblings handed out so far
-        fill(batch, counts, together, min(batch_size, round(share * (len(batches) + 1) / total) - given))
+        batch, counts, given = (
+            [],
+            Counter(),
+            share - sum(map(len, together)),
+        )  # siblings handed out so far
+        fill(
+            batch,
+            counts,
+            together,
+            min(batch_size, round(share * (len(batches) + 1) / total) - given),
+        )
         fill(batch, counts, alone, batch_size)
-        while together and len(batch) < batch_size:   # no single caption is left that fits: siblings become single ones
-            alone.extend([index] for index in together.popleft()); fill(batch, counts, alone, batch_size)
-        if drop_last and len(batch) < batch_size: break
+        while (
+            together and len(batch) < batch_size
+        ):  # no single caption is left that fits: siblings become single ones
+            alone.extend([index] for index in together.popleft())
+            fill(batch, counts, alone, batch_size)
+        if drop_last and len(batch) < batch_size:
+            break
         batches.append(batch)
     if drop_last and not batches:
-        raise InputError("batch_size", f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill", "lower it, or raise captions_per_image")
+        raise InputError(
+            "batch_size",
+            f"{batch_size} is more than {n} captions of {len(set(ids))} images can fill",
+            "lower it, or raise captions_per_image",
+        )
     return [batches[place] for place in rng.permutation(len(batches))]
 
 # %% ../nbs/01d_batching.ipynb #0f6f611b
 def augment(batch, generator):
     "A slightly different Batch that means the same; on the CPU. Never mirrored: left and right are words of the caption."
     speech, lengths = augment_speech(batch.speech, batch.speech_lengths, generator)
-    return replace(batch, speech=speech, speech_lengths=lengths, image=augment_image(batch.image, generator))
+    return replace(
+        batch, speech=speech, speech_lengths=lengths, image=augment_image(batch.image, generator)
+    )
+
 
 def augment_speech(speech, lengths, generator):
     "Speech (B, T, F): tempo 0.9 to 1.1, up to a tenth hidden behind the mean, faint noise, all on valid frames only; and the new lengths (B,)."
-    row, last = torch.arange(len(speech))[:, None], lengths[:, None] - 1             # (B, 1)
-    tempo, start, share = torch.rand(3, len(speech), generator=generator)            # (B,) each
-    new = (lengths * (0.9 + 0.2 * tempo)).round().long().clamp(min=1)                # (B,) frames after stretching
-    steps = torch.arange(int(new.max()))                                             # (T',)
-    source = ((steps + 0.5) * (lengths / new)[:, None] - 0.5).clamp(min=0).minimum(last.float())  # (B, T') where it comes from
-    before = source.long()                                                           # (B, T') never from the padding
-    valid = (steps < new[:, None])[..., None]                                        # (B, T', 1)
-    speech = torch.lerp(speech[row, before], speech[row, (before + 1).minimum(last)], source.frac()[..., None])  # (B, T', F)
-    average = lambda x: (x * valid).sum(1, keepdim=True) / new[:, None, None]        # (B, T', F) -> (B, 1, F) of the valid frames
-    mean = average(speech); spread = average((speech - mean).square()).sqrt()
-    width = (share * 0.1 * new)[:, None]; first = start[:, None] * (new[:, None] - width)              # (B, 1)
+    row, last = torch.arange(len(speech))[:, None], lengths[:, None] - 1  # (B, 1)
+    tempo, start, share = torch.rand(3, len(speech), generator=generator)  # (B,) each
+    new = (
+        (lengths * (0.9 + 0.2 * tempo)).round().long().clamp(min=1)
+    )  # (B,) frames after stretching
+    steps = torch.arange(int(new.max()))  # (T',)
+    source = (
+        ((steps + 0.5) * (lengths / new)[:, None] - 0.5).clamp(min=0).minimum(last.float())
+    )  # (B, T') where it comes from
+    before = source.long()  # (B, T') never from the padding
+    valid = (steps < new[:, None])[..., None]  # (B, T', 1)
+    speech = torch.lerp(
+        speech[row, before], speech[row, (before + 1).minimum(last)], source.frac()[..., None]
+    )  # (B, T', F)
+    average = lambda x: (
+        (x * valid).sum(1, keepdim=True) / new[:, None, None]
+    )  # (B, T', F) -> (B, 1, F) of the valid frames
+    mean = average(speech)
+    spread = average((speech - mean).square()).sqrt()
+    width = (share * 0.1 * new)[:, None]
+    first = start[:, None] * (new[:, None] - width)  # (B, 1)
     speech = torch.where(((steps >= first) & (steps < first + width))[..., None], mean, speech)
-    return (speech + 0.1 * spread * (torch.rand(speech.shape, generator=generator) - 0.5)).masked_fill(~valid, 0.), new
+    return (
+        speech + 0.1 * spread * (torch.rand(speech.shape, generator=generator) - 0.5)
+    ).masked_fill(~valid, 0.0), new
+
 
 def augment_image(image, generator):
     "Features (B, P, C): a tenth of the patches blanked, faint noise. Pixels (B, 3, H, W): brightness, and a shift of at most 4 %."
     if image.dim() == 3:
-        mean = image.mean(1, keepdim=True)                                           # (B, 1, C)
-        spread = (image - mean).square().mean(1, keepdim=True).sqrt()                # several times quicker than .std(1)
-        blank = torch.rand(image.shape[:2], generator=generator)[..., None] < 0.1    # (B, P, 1)
-        return torch.where(blank, mean, image) + 0.1 * spread * (torch.rand(image.shape, generator=generator) - 0.5)
+        mean = image.mean(1, keepdim=True)  # (B, 1, C)
+        spread = (
+            (image - mean).square().mean(1, keepdim=True).sqrt()
+        )  # several times quicker than .std(1)
+        blank = torch.rand(image.shape[:2], generator=generator)[..., None] < 0.1  # (B, P, 1)
+        return torch.where(blank, mean, image) + 0.1 * spread * (
+            torch.rand(image.shape, generator=generator) - 0.5
+        )
     (height, width), most = image.shape[-2:], round(0.04 * image.shape[-2])
     down, right = torch.randint(2 * most + 1, (2, len(image)), generator=generator).tolist()
-    light = 1 + 0.3 * (torch.rand(len(image), 1, 1, 1, generator=generator) - 0.5)   # (B, 1, 1, 1)
-    padded = F.pad(image, (most,) * 4, mode="replicate")                             # (B, 3, H + 2 most, W + 2 most) edges repeat
-    return (torch.stack([one[:, y:y + height, x:x + width] for one, y, x in zip(padded, down, right)]) * light).clamp(0, 1)
+    light = 1 + 0.3 * (torch.rand(len(image), 1, 1, 1, generator=generator) - 0.5)  # (B, 1, 1, 1)
+    padded = F.pad(
+        image, (most,) * 4, mode="replicate"
+    )  # (B, 3, H + 2 most, W + 2 most) edges repeat
+    return (
+        torch.stack(
+            [one[:, y : y + height, x : x + width] for one, y, x in zip(padded, down, right)]
+        )
+        * light
+    ).clamp(0, 1)
 
 # %% ../nbs/01d_batching.ipynb #46f7c9ea
 def one_ahead(source):  # anything to iterate over

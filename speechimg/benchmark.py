@@ -23,29 +23,55 @@ from .retrieval import Embeddings, embed, two_stages
 @contextmanager
 def quiet():
     "Without the notes, warnings and bars of mteb and the libraries below it, for a while; errors still come through. Raises InputError without mteb."
-    try: import mteb  # sets up its loggers
-    except ImportError: raise InputError("mteb", "is not installed", 'pip install "speechimg[benchmark]"') from None
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-    levels, bars = {name: logging.getLogger(name).level for name in ("mteb", "datasets", "huggingface_hub")}, is_progress_bar_enabled()
-    for name in levels: logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import mteb  # sets up its loggers
+    except ImportError:
+        raise InputError("mteb", "is not installed", 'pip install "speechimg[benchmark]"') from None
+    from datasets.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
+
+    levels, bars = (
+        {name: logging.getLogger(name).level for name in ("mteb", "datasets", "huggingface_hub")},
+        is_progress_bar_enabled(),
+    )
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
     try:
-        with warnings.catch_warnings(action="ignore"): yield mteb
+        with warnings.catch_warnings(action="ignore"):
+            yield mteb
     finally:
-        for name, level in levels.items(): logging.getLogger(name).setLevel(level)
-        if bars: enable_progress_bar()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            enable_progress_bar()
 
 # %% ../nbs/17_benchmark.ipynb #d689ba00
-def corpus_task(corpus,            # corpora.Corpus
-                direction="a2i",   # recordings ask for pictures; "i2a": pictures ask for recordings
-                language="eng-Latn"):
+def corpus_task(
+    corpus,  # corpora.Corpus
+    direction="a2i",  # recordings ask for pictures; "i2a": pictures ask for recordings
+    language="eng-Latn",
+):
     "An mteb task over a corpus in memory; a picture without recordings is searched among, but asks nothing."
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
-    if direction not in ("a2i", "i2a"): raise InputError("direction", f"{direction!r} is not one of the choices", "choose from a2i, i2a")
-    speech = {"id": [caption.uttid for caption in corpus.captions], "audio": range(len(corpus.captions))}  # places, decoded when looked at
-    image = {"id": [picture.path for picture in corpus.pictures], "image": range(len(corpus.pictures))}
+
+    if direction not in ("a2i", "i2a"):
+        raise InputError(
+            "direction", f"{direction!r} is not one of the choices", "choose from a2i, i2a"
+        )
+    speech = {
+        "id": [caption.uttid for caption in corpus.captions],
+        "audio": range(len(corpus.captions)),
+    }  # places, decoded when looked at
+    image = {
+        "id": [picture.path for picture in corpus.pictures],
+        "image": range(len(corpus.pictures)),
+    }
     relevant, split = {}, corpus.split
     for caption in corpus.captions:
         pair = caption.uttid, corpus.pictures[caption.image].path
@@ -53,60 +79,149 @@ def corpus_task(corpus,            # corpora.Corpus
         relevant.setdefault(query, {})[document] = 1
 
     def decode(rows):  # {column: list}, of the columns asked for
-        if "audio" in rows: rows = rows | {"audio": [{"array": corpus.load_wave(place).numpy(), "sampling_rate": SAMPLE_RATE} for place in rows["audio"]]}
-        if "image" in rows: rows = rows | {"image": [corpus.load_picture(place) for place in rows["image"]]}
+        if "audio" in rows:
+            rows = rows | {
+                "audio": [
+                    {"array": corpus.load_wave(place).numpy(), "sampling_rate": SAMPLE_RATE}
+                    for place in rows["audio"]
+                ]
+            }
+        if "image" in rows:
+            rows = rows | {"image": [corpus.load_picture(place) for place in rows["image"]]}
         return rows
 
     class CorpusTask(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name=f"{corpus.name}-{split}-{direction}", description=f"speechimg's corpus {corpus.name}, split {split}", type="Any2AnyRetrieval",
-            category=direction, modalities=["audio", "image"], eval_splits=[split], eval_langs=[language], main_score="hit_rate_at_1",
-            dataset={"path": f"speechimg/{corpus.name}", "revision": sha256("\n".join([*speech["id"], *image["id"]]))[:12]})  # never asked for: load_data is ours
+            name=f"{corpus.name}-{split}-{direction}",
+            description=f"speechimg's corpus {corpus.name}, split {split}",
+            type="Any2AnyRetrieval",
+            category=direction,
+            modalities=["audio", "image"],
+            eval_splits=[split],
+            eval_langs=[language],
+            main_score="hit_rate_at_1",
+            dataset={
+                "path": f"speechimg/{corpus.name}",
+                "revision": sha256("\n".join([*speech["id"], *image["id"]]))[:12],
+            },
+        )  # never asked for: load_data is ours
 
         def load_data(self, *arguments, **options):
-            queries, documents = (Dataset.from_dict({name: list(column) for name, column in side.items()}).with_transform(decode)
-                                  for side in ((speech, image) if direction == "a2i" else (image, speech)))
-            self.dataset = {"default": {split: {"queries": queries, "corpus": documents, "relevant_docs": relevant, "top_ranked": None}}}
+            queries, documents = (
+                Dataset.from_dict(
+                    {name: list(column) for name, column in side.items()}
+                ).with_transform(decode)
+                for side in ((speech, image) if direction == "a2i" else (image, speech))
+            )
+            self.dataset = {
+                "default": {
+                    split: {
+                        "queries": queries,
+                        "corpus": documents,
+                        "relevant_docs": relevant,
+                        "top_ranked": None,
+                    }
+                }
+            }
             self.data_loaded = True
+
     return CorpusTask()
 
 # %% ../nbs/17_benchmark.ipynb #20769366
-def model_meta(model, name, trained_on=()):  # SpeechImageModel; "organisation/model"; names of mteb tasks whose data it was trained on
+def model_meta(
+    model, name, trained_on=()
+):  # SpeechImageModel; "organisation/model"; names of mteb tasks whose data it was trained on
     "What mteb writes beside the results; the revision is a fingerprint of the weights."
     from mteb.models.model_meta import ModelMeta
+
     parameters = list(model.parameters())
     weights = "".join(sha256(p.detach().float().cpu().numpy().tobytes()) for p in parameters)
-    return ModelMeta(loader=None, name=name, revision=sha256(weights)[:12], release_date=None, languages=["eng-Latn"], n_parameters=sum(p.numel() for p in parameters),
-                     memory_usage_mb=round(sum(p.numel() * p.element_size() for p in parameters) / 2**20, 1), max_tokens=None, embed_dim=model.config.dim,
-                     license="apache-2.0", open_weights=True, public_training_code=None, public_training_data=None, framework=["PyTorch", "safetensors"],
-                     similarity_fn_name="cosine", use_instructions=False, training_datasets=set(trained_on), modalities=["audio", "image"])
+    return ModelMeta(
+        loader=None,
+        name=name,
+        revision=sha256(weights)[:12],
+        release_date=None,
+        languages=["eng-Latn"],
+        n_parameters=sum(p.numel() for p in parameters),
+        memory_usage_mb=round(sum(p.numel() * p.element_size() for p in parameters) / 2**20, 1),
+        max_tokens=None,
+        embed_dim=model.config.dim,
+        license="apache-2.0",
+        open_weights=True,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch", "safetensors"],
+        similarity_fn_name="cosine",
+        use_instructions=False,
+        training_datasets=set(trained_on),
+        modalities=["audio", "image"],
+    )
 
 
 class CoarseModel:
     "Answers mteb with one vector per recording or picture; mteb ranks them."
 
     def __init__(self, model, name="speechimg/model", trained_on=()):
-        self.model, self.mteb_model_meta, self.cache = model, model_meta(model, name, trained_on), FeatureCache(cache_dir())
+        self.model, self.mteb_model_meta, self.cache = (
+            model,
+            model_meta(model, name, trained_on),
+            FeatureCache(cache_dir()),
+        )
 
     def read(self, inputs):  # a DataLoader of mteb, with a column "audio" or "image"
         "Embeddings of everything in it, the other side empty. Raises InputError."
         from mteb.models.modality_collators import AudioCollator
+
         kinds = {"audio", "image"} & set(inputs.dataset.features)
-        if len(kinds) != 1: raise InputError("inputs", f"have the columns {sorted(inputs.dataset.features)}", "give recordings or pictures, one of them")
-        seconds, ear, eye, features = self.model.config.max_seconds, self.model.speech_tower.front_end, self.model.image_tower.front_end, []
-        if "audio" in kinds: inputs.collate_fn = AudioCollator(target_sampling_rate=SAMPLE_RATE, max_samples=int(seconds * SAMPLE_RATE))  # to 16 kHz, mono
+        if len(kinds) != 1:
+            raise InputError(
+                "inputs",
+                f"have the columns {sorted(inputs.dataset.features)}",
+                "give recordings or pictures, one of them",
+            )
+        seconds, ear, eye, features = (
+            self.model.config.max_seconds,
+            self.model.speech_tower.front_end,
+            self.model.image_tower.front_end,
+            [],
+        )
+        if "audio" in kinds:
+            inputs.collate_fn = AudioCollator(
+                target_sampling_rate=SAMPLE_RATE, max_samples=int(seconds * SAMPLE_RATE)
+            )  # to 16 kHz, mono
         for one in (one for batch in inputs for one in batch[min(kinds)]):
             where = f"{min(kinds)} {len(features)}"
             if "audio" in kinds:
-                wave = read_wave(np.asarray(one["array"], np.float32).reshape(-1), where, seconds)     # (1, n) or (n,) -> (n,)
-                features.append(self.cache.get(sha256(wave.numpy().tobytes()), f"{ear.params}; samples", lambda: ear(wave)))
+                wave = read_wave(
+                    np.asarray(one["array"], np.float32).reshape(-1), where, seconds
+                )  # (1, n) or (n,) -> (n,)
+                features.append(
+                    self.cache.get(
+                        sha256(wave.numpy().tobytes()), f"{ear.params}; samples", lambda: ear(wave)
+                    )
+                )
             else:
                 picture = read_picture(one, where)
-                features.append(self.cache.get(sha256(str(picture.size).encode() + picture.tobytes()), f"{eye.params}; pixels", lambda: eye(picture)))
+                features.append(
+                    self.cache.get(
+                        sha256(str(picture.size).encode() + picture.tobytes()),
+                        f"{eye.params}; pixels",
+                        lambda: eye(picture),
+                    )
+                )
         speech, image = (features, []) if "audio" in kinds else ([], features)
         return embed(self.model, SimpleNamespace(speech=speech, image=image, image_of=None))
 
-    def encode(self, inputs, *, task_metadata=None, hf_split=None, hf_subset=None, prompt_type=None, **options):
+    def encode(
+        self,
+        inputs,
+        *,
+        task_metadata=None,
+        hf_split=None,
+        hf_subset=None,
+        prompt_type=None,
+        **options,
+    ):
         "(n, d) unit vectors in the order of the loader."
         seen = self.read(inputs)
         return (seen.speech if seen.image is None else seen.image).numpy()
@@ -115,64 +230,133 @@ class CoarseModel:
 class FineModel(CoarseModel):
     "Answers mteb with a ranking: all documents coarsely, the best of them again by reading both together."
 
-    def __init__(self, model, name="speechimg/model", trained_on=(), rerank=16):  # rerank: candidates that each query reads again
+    def __init__(
+        self, model, name="speechimg/model", trained_on=(), rerank=16
+    ):  # rerank: candidates that each query reads again
         super().__init__(model, name, trained_on)
         self.rerank = rerank
 
-    def load(self, rows, kind, task_metadata, encode_kwargs):  # a table of mteb; "query" or "document"
+    def load(
+        self, rows, kind, task_metadata, encode_kwargs
+    ):  # a table of mteb; "query" or "document"
         "(ids, Embeddings)"
         from mteb._create_dataloaders import create_dataloader
         from mteb.types import PromptType
-        return list(rows["id"]), self.read(create_dataloader(rows, task_metadata=task_metadata, prompt_type=PromptType(kind), batch_size=encode_kwargs.get("batch_size", 64)))
 
-    def index(self, corpus, *, task_metadata, hf_split, hf_subset, encode_kwargs, num_proc=None, **options):
+        return list(rows["id"]), self.read(
+            create_dataloader(
+                rows,
+                task_metadata=task_metadata,
+                prompt_type=PromptType(kind),
+                batch_size=encode_kwargs.get("batch_size", 64),
+            )
+        )
+
+    def index(
+        self, corpus, *, task_metadata, hf_split, hf_subset, encode_kwargs, num_proc=None, **options
+    ):
         "Read all documents, once for all queries."
         self.names, self.documents = self.load(corpus, "document", task_metadata, encode_kwargs)
 
-    def search(self, queries, *, task_metadata, hf_split, hf_subset, top_k, encode_kwargs, top_ranked=None, num_proc=None, **options):
+    def search(
+        self,
+        queries,
+        *,
+        task_metadata,
+        hf_split,
+        hf_subset,
+        top_k,
+        encode_kwargs,
+        top_ranked=None,
+        num_proc=None,
+        **options,
+    ):
         "The best top_k documents of each query with their scores."
         names, asked = self.load(queries, "query", task_metadata, encode_kwargs)
-        everything, place, found = range(len(self.names)), {name: row for row, name in enumerate(self.names)}, {}
-        blocks = [(range(len(names)), everything)] if top_ranked is None else [([row], [place[one] for one in top_ranked[name]]) for row, name in enumerate(names)]
-        for rows, columns in blocks:                                                             # candidates differ: one query at a time
-            scores = self.scores(some_of(asked, rows), some_of(self.documents, columns))         # (queries, documents)
+        everything, place, found = (
+            range(len(self.names)),
+            {name: row for row, name in enumerate(self.names)},
+            {},
+        )
+        blocks = (
+            [(range(len(names)), everything)]
+            if top_ranked is None
+            else [
+                ([row], [place[one] for one in top_ranked[name]]) for row, name in enumerate(names)
+            ]
+        )
+        for rows, columns in blocks:  # candidates differ: one query at a time
+            scores = self.scores(
+                some_of(asked, rows), some_of(self.documents, columns)
+            )  # (queries, documents)
             best = scores.topk(min(top_k, scores.shape[1]), dim=1)
             for row, places, values in zip(rows, best.indices.tolist(), best.values.tolist()):
-                found[names[row]] = {self.names[columns[one]]: value for one, value in zip(places, values)}
+                found[names[row]] = {
+                    self.names[columns[one]]: value for one, value in zip(places, values)
+                }
         return found
 
     def scores(self, asked, documents):  # one-sided Embeddings
         "(queries, documents) final scores of both stages."
-        speech, image, way = (asked, documents, "speech_to_image") if asked.image is None else (documents, asked, "image_to_speech")
-        return two_stages(self.model, Embeddings(speech.speech, image.image, speech.speech_tokens, image.image_tokens, None), self.rerank, way)[1]
+        speech, image, way = (
+            (asked, documents, "speech_to_image")
+            if asked.image is None
+            else (documents, asked, "image_to_speech")
+        )
+        return two_stages(
+            self.model,
+            Embeddings(speech.speech, image.image, speech.speech_tokens, image.image_tokens, None),
+            self.rerank,
+            way,
+        )[1]
 
 
 def some_of(side, rows):  # Embeddings of one side, places
     "The Embeddings of these places."
-    if side.image is None: return side._replace(speech=side.speech[list(rows)], speech_tokens=[side.speech_tokens[row] for row in rows])
+    if side.image is None:
+        return side._replace(
+            speech=side.speech[list(rows)], speech_tokens=[side.speech_tokens[row] for row in rows]
+        )
     return side._replace(image=side.image[list(rows)], image_tokens=side.image_tokens[list(rows)])
 
 # %% ../nbs/17_benchmark.ipynb #48511a6b
-def for_mteb(model,                    # SpeechImageModel
-             rerank=16,                # candidates to read again; 0: the coarse stage alone, ranked by mteb
-             name="speechimg/model",   # "organisation/model", in mteb's tables
-             trained_on=()):           # names of mteb tasks whose data the model was trained on
+def for_mteb(
+    model,  # SpeechImageModel
+    rerank=16,  # candidates to read again; 0: the coarse stage alone, ranked by mteb
+    name="speechimg/model",  # "organisation/model", in mteb's tables
+    trained_on=(),
+):  # names of mteb tasks whose data the model was trained on
     "The model as mteb.evaluate takes it."
     from mteb.models.abs_encoder import AbsEncoder
+
     kind, more = (FineModel, {"rerank": rerank}) if rerank else (CoarseModel, {})
     return type(kind.__name__, (kind, AbsEncoder), {})(model, name, trained_on, **more)
 
 
-def run_mteb(model,            # from for_mteb
-             tasks,            # mteb tasks: corpus_task(...), or mteb.get_tasks([...])
-             out=None,         # folder for mteb's result files; None: they are thrown away
-             batch_size=64,    # recordings or pictures that mteb hands over at once
-             scores=("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10")):
+def run_mteb(
+    model,  # from for_mteb
+    tasks,  # mteb tasks: corpus_task(...), or mteb.get_tasks([...])
+    out=None,  # folder for mteb's result files; None: they are thrown away
+    batch_size=64,  # recordings or pictures that mteb hands over at once
+    scores=("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10"),
+):
     "Let mteb judge -> a table in percent, one row per task and split."
     import pandas as pd
+
     with quiet() as mteb, tempfile.TemporaryDirectory() as folder:
-        results = mteb.evaluate(model, tasks, cache=mteb.ResultCache(out or folder), overwrite_strategy="always", show_progress_bar=False,
-                                co2_tracker=False, encode_kwargs={"batch_size": batch_size, "show_progress_bar": False})
-    rows = [{"task": result.task_name, "split": split} | {score: round(100 * parts[0][score], 3) for score in scores}
-            for result in results.task_results for split, parts in result.scores.items()]
+        results = mteb.evaluate(
+            model,
+            tasks,
+            cache=mteb.ResultCache(out or folder),
+            overwrite_strategy="always",
+            show_progress_bar=False,
+            co2_tracker=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+        )
+    rows = [
+        {"task": result.task_name, "split": split}
+        | {score: round(100 * parts[0][score], 3) for score in scores}
+        for result in results.task_results
+        for split, parts in result.scores.items()
+    ]
     return pd.DataFrame(rows).set_index(["task", "split"])

@@ -37,7 +37,11 @@ def build(
     "Make the nbgrader course: source, release, gradebook, nbgrader_config.py, and a zip of each assignment that works without nbgrader."
     found = all_assignments()
     if unknown := set(names) - {one.name for one in found}:
-        raise InputError("--assignments", f"{', '.join(sorted(unknown))} is no assignment", f"there are {', '.join(one.name for one in found)}")
+        raise InputError(
+            "--assignments",
+            f"{', '.join(sorted(unknown))} is no assignment",
+            f"there are {', '.join(one.name for one in found)}",
+        )
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "nbgrader_config.py").exists():
         raise InputError(out, "the folder holds other things", "name a new folder")
@@ -50,13 +54,25 @@ def build(
         for one in chosen:
             source = source_notebook(one, seed)
             (out / "source" / one.name).mkdir(parents=True, exist_ok=True)
-            nbformat.write(nbformat.from_dict(source), out / "source" / one.name / f"{one.name}.ipynb")
+            nbformat.write(
+                nbformat.from_dict(source), out / "source" / one.name / f"{one.name}.ipynb"
+            )
             done = api.generate_assignment(one.name, force=True, create=True)
             if not done["success"]:
-                raise RuntimeError(f"nbgrader could not make {one.name}:\n{done.get('error') or ''}")
+                raise RuntimeError(
+                    f"nbgrader could not make {one.name}:\n{done.get('error') or ''}"
+                )
             release = (out / "release" / one.name / f"{one.name}.ipynb").read_bytes()
-            with zipfile.ZipFile(out / "zip" / f"{one.name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-                for file, data in ((f"{one.name}/{one.name}.ipynb", release), (f"{one.name}/README.md", README.format(title=one.title, name=one.name, minutes=one.minutes).encode())):
+            with zipfile.ZipFile(
+                out / "zip" / f"{one.name}.zip", "w", zipfile.ZIP_DEFLATED
+            ) as archive:
+                for file, data in (
+                    (f"{one.name}/{one.name}.ipynb", release),
+                    (
+                        f"{one.name}/README.md",
+                        README.format(title=one.title, name=one.name, minutes=one.minutes).encode(),
+                    ),
+                ):
                     archive.writestr(zipfile.ZipInfo(file, (2026, 1, 1, 0, 0, 0)), data)
     return [one.name for one in chosen]
 
@@ -65,7 +81,11 @@ def _handed_in(path: Path) -> dict | None:
     "A student's notebook, or None if it cannot be read as one."
     try:
         notebook = nbformat.read(path, as_version=4)
-        return notebook if all(isinstance(cell.get("source"), str) for cell in notebook.cells) else None
+        return (
+            notebook
+            if all(isinstance(cell.get("source"), str) for cell in notebook.cells)
+            else None
+        )
     except Exception:  # whatever a stranger put there
         return None
 
@@ -79,20 +99,48 @@ def grade(
     "Mark all submissions in submitted/STUDENT/ASSIGNMENT, write them into the gradebook and into marks/ASSIGNMENT.csv."
     root, teacher = root.resolve(), teacher_notebook(root, assignment)
     root.chmod(0o700)
-    paths = {path.parent.parent.name: path for path in sorted((root / "submitted").glob(f"*/{assignment}/{assignment}.ipynb"))}
-    missing = [path.parent.name for path in sorted((root / "submitted").glob(f"*/{assignment}")) if path.parent.name not in paths]
-    notebooks = {student: _handed_in(path) for student, path in paths.items()} | dict.fromkeys(missing)
-    with sandbox(root, assignment, unsafe) as box, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        readable = {student: notebook for student, notebook in notebooks.items() if notebook is not None}
-        marks = list(pool.map(lambda one: marks_of(root, assignment, one[0], one[1], box), readable.items()))
-    points = {cell["metadata"]["nbgrader"]["grade_id"]: cell["metadata"]["nbgrader"]["points"] for cell in teacher["cells"] if cell["cell_type"] == "code" and cell["metadata"]["nbgrader"]["grade"]}
+    paths = {
+        path.parent.parent.name: path
+        for path in sorted((root / "submitted").glob(f"*/{assignment}/{assignment}.ipynb"))
+    }
+    missing = [
+        path.parent.name
+        for path in sorted((root / "submitted").glob(f"*/{assignment}"))
+        if path.parent.name not in paths
+    ]
+    notebooks = {student: _handed_in(path) for student, path in paths.items()} | dict.fromkeys(
+        missing
+    )
+    with (
+        sandbox(root, assignment, unsafe) as box,
+        ThreadPoolExecutor(jobs or os.cpu_count()) as pool,
+    ):
+        readable = {
+            student: notebook for student, notebook in notebooks.items() if notebook is not None
+        }
+        marks = list(
+            pool.map(lambda one: marks_of(root, assignment, one[0], one[1], box), readable.items())
+        )
+    points = {
+        cell["metadata"]["nbgrader"]["grade_id"]: cell["metadata"]["nbgrader"]["points"]
+        for cell in teacher["cells"]
+        if cell["cell_type"] == "code" and cell["metadata"]["nbgrader"]["grade"]
+    }
     for student in notebooks.keys() - readable.keys():
-        why = f"{assignment}.ipynb is not there" if student in missing else f"{assignment}.ipynb cannot be read as a notebook"
-        marks.append(Marks(student, assignment, dict.fromkeys(points, "nothing to run"), points, [why]))
+        why = (
+            f"{assignment}.ipynb is not there"
+            if student in missing
+            else f"{assignment}.ipynb cannot be read as a notebook"
+        )
+        marks.append(
+            Marks(student, assignment, dict.fromkeys(points, "nothing to run"), points, [why])
+        )
     marks.sort(key=lambda one: one.student)
     refused = _enter(root, assignment, [one.student for one in marks], set(readable))
     for one in marks:
-        one.reports += ["nbgrader could not enter these points into its gradebook"] * (one.student in refused)
+        one.reports += ["nbgrader could not enter these points into its gradebook"] * (
+            one.student in refused
+        )
     _write_csv(root / "marks" / f"{assignment}.csv", marks)
     return marks, table(marks, titles(teacher))
 
@@ -105,7 +153,11 @@ def _enter(root: Path, assignment: str, students: list[str], readable: set) -> s
             if student in readable:
                 path = marks_path(root, assignment, student)
                 known = read_json(path)
-                if known.get("entered") and (root / "autograded" / student / assignment).exists() and _in_book(api, assignment, student):
+                if (
+                    known.get("entered")
+                    and (root / "autograded" / student / assignment).exists()
+                    and _in_book(api, assignment, student)
+                ):
                     continue  # again, nbgrader would ask for answers that have been read
                 if api.autograde(assignment, student, force=True, create=True)["success"]:
                     write_json(path, known | {"entered": True})
@@ -134,7 +186,27 @@ def _write_csv(path: Path, marks: list[Marks]) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path, "w") as file:
         rows = csv.writer(file)
-        rows.writerow(["student", "assignment", "points", "of", *(marks[0].points if marks else []), "reports"])
+        rows.writerow(
+            [
+                "student",
+                "assignment",
+                "points",
+                "of",
+                *(marks[0].points if marks else []),
+                "reports",
+            ]
+        )
         for one in marks:
-            worth = [points if one.messages.get(name) == "" else 0 for name, points in one.points.items()]
-            rows.writerow([one.student, one.assignment, one.score, sum(one.points.values()), *worth, "; ".join(one.reports)])
+            worth = [
+                points if one.messages.get(name) == "" else 0 for name, points in one.points.items()
+            ]
+            rows.writerow(
+                [
+                    one.student,
+                    one.assignment,
+                    one.score,
+                    sum(one.points.values()),
+                    *worth,
+                    "; ".join(one.reports),
+                ]
+            )

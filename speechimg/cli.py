@@ -24,91 +24,163 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 @dataclass
 class Train:
     "Train a model on the train split of a corpus, validate it, and leave model, log and curves in a folder."
+
     out: Path  # folder of the run: checkpoints, log.csv, curves.png, the model and its metrics
     corpus: str = "scenes"  # scenes, stamps, or a folder or .zip in the common layout
-    config: str | None = None  # JSON file with settings, or a name in data/configs: flickr8k-base; what it leaves out keeps its default
+    config: str | None = (
+        None  # JSON file with settings, or a name in data/configs: flickr8k-base; what it leaves out keeps its default
+    )
     resume: bool = False  # go on from the newest complete checkpoint in --out
-    on_error: Literal["raise", "skip"] = "raise"  # at a file that cannot be read: stop, or leave it out and say so
+    on_error: Literal["raise", "skip"] = (
+        "raise"  # at a file that cannot be read: stop, or leave it out and say so
+    )
     limit: int | None = None  # use only so many captions of each split
-    start: str | None = None  # begin with the weights of this model: reference, small, or a folder that train made
+    start: str | None = (
+        None  # begin with the weights of this model: reference, small, or a folder that train made
+    )
     steps: int | None = None  # optimiser steps, instead of the config's
     seed: int | None = None  # instead of the config's
-    set: UseAppendAction[list[str]] = field(default_factory=list)  # one setting as NAME=VALUE, may be repeated; --set batch_size=32
+    set: UseAppendAction[list[str]] = field(
+        default_factory=list
+    )  # one setting as NAME=VALUE, may be repeated; --set batch_size=32
 
     def run(self):
         from speechimg.core import InputError, read_json
+
         config = settings(self.config, self.set, steps=self.steps, seed=self.seed)
-        if self.limit is not None and self.limit < 1: raise InputError("--limit", f"{self.limit} leaves nothing to train on", "give at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(
+                "--limit", f"{self.limit} leaves nothing to train on", "give at least 1"
+            )
         from speechimg.train import train
-        folder = train(config, self.corpus, self.out, self.resume, self.on_error, self.limit, start=self.start, progress=sys.stderr.isatty())
+
+        folder = train(
+            config,
+            self.corpus,
+            self.out,
+            self.resume,
+            self.on_error,
+            self.limit,
+            start=self.start,
+            progress=sys.stderr.isatty(),
+        )
         metrics = read_json(folder / "metrics.json")
-        print(f"trained {metrics['steps']} steps in {metrics['seconds']:.0f} s; the model is in {folder}")
-        if metrics["validation"]: print(table(metrics["validation"]))
+        print(
+            f"trained {metrics['steps']} steps in {metrics['seconds']:.0f} s; the model is in {folder}"
+        )
+        if metrics["validation"]:
+            print(table(metrics["validation"]))
 
 # %% ../nbs/19_cli.ipynb #bc1eb6bb
 def setting(text):  # "batch_size=32"
     "A pair (name, value): numbers, true and false as in JSON, anything else as text. Raises InputError."
     from speechimg.core import InputError
+
     name, equals, value = text.partition("=")
-    if not equals: raise InputError(f"--set {text}", "has no '='", "write --set NAME=VALUE")
-    try: return name, json.loads(value)
-    except (ValueError, RecursionError): return name, value
+    if not equals:
+        raise InputError(f"--set {text}", "has no '='", "write --set NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
 
 # %% ../nbs/19_cli.ipynb #58f5f6de
-def settings(path, pairs, **options):  # JSON file or name of a config or None, ["NAME=VALUE"], options that are None when not given
+def settings(
+    path, pairs, **options
+):  # JSON file or name of a config or None, ["NAME=VALUE"], options that are None when not given
     "The Config that a command line asks for; the later wins. Raises InputError."
     from speechimg.core import Config
+
     given = {name: value for name, value in options.items() if value is not None}
-    return Config.from_dict((Config.load(path).to_dict() if path else {}) | given | dict(setting(text) for text in pairs))
+    return Config.from_dict(
+        (Config.load(path).to_dict() if path else {})
+        | given
+        | dict(setting(text) for text in pairs)
+    )
 
 # %% ../nbs/19_cli.ipynb #79ad363b
 @dataclass
 class Plan:
     "Say before a training what it will need: parameters, memory, the batch that fits, operations, hours, disk. Downloads nothing."
+
     config: str | None = None  # JSON file with settings, or a name in data/configs: flickr8k-base
     pairs: int = 30_000  # recordings in the train split; 30,000 is Flickr8k
     seconds: float = 4.1  # mean length of a recording, for operations and disk; memory is for the longest, max_seconds of the config
     memory: float = 80.0  # of the GPU, in GiB
-    tflops: float | None = None  # 10^12 operations per second that the GPU really does; left out: 100 in bfloat16, 10 in float32
+    tflops: float | None = (
+        None  # 10^12 operations per second that the GPU really does; left out: 100 in bfloat16, 10 in float32
+    )
     json: Path | None = None  # also write the figures to this file
-    set: UseAppendAction[list[str]] = field(default_factory=list)  # one setting as NAME=VALUE, may be repeated
+    set: UseAppendAction[list[str]] = field(
+        default_factory=list
+    )  # one setting as NAME=VALUE, may be repeated
 
     def run(self):
         from speechimg.core import write_json
-        if self.json: writable(self.json)
+
+        if self.json:
+            writable(self.json)
         from speechimg.plan import assumed, plan, report
-        result = plan(settings(self.config, self.set), self.pairs, self.seconds, self.memory, self.tflops) | {"assumed": assumed(self.config)}
+
+        result = plan(
+            settings(self.config, self.set), self.pairs, self.seconds, self.memory, self.tflops
+        ) | {"assumed": assumed(self.config)}
         print(report(result))
-        if self.json: write_json(self.json, result)
+        if self.json:
+            write_json(self.json, result)
 
 # %% ../nbs/19_cli.ipynb #4d5634ed
 @dataclass
 class Evaluate:
     "Recall of the coarse ranking and of the re-ranked one, in both directions, and the swap probe where the corpus has one."
+
     model: str = "reference"  # reference, small, or a folder that train made
     corpus: str = "scenes"  # scenes, stamps, or a folder or .zip in the common layout
     split: str = "test"  # which part of it: train, val, test, test_style, voice, all, ...
     rerank: int = 16  # candidates that each query re-ranks; 0 = none
     json: Path | None = None  # also write the figures to this file
-    language: str | None = None  # only recordings in this language, and only their pictures: en, fr, ...
-    on_error: Literal["raise", "skip"] = "raise"  # at a file that cannot be read: stop, or leave it out and say so
+    language: str | None = (
+        None  # only recordings in this language, and only their pictures: en, fr, ...
+    )
+    on_error: Literal["raise", "skip"] = (
+        "raise"  # at a file that cannot be read: stop, or leave it out and say so
+    )
 
     def run(self):
         from speechimg.core import InputError, write_json
         from speechimg.corpora import load_corpus, load_probe
         from speechimg.retrieval import evaluate, load_features, load_model, swap_trials
-        if self.rerank < 0: raise InputError("--rerank", f"{self.rerank} is negative", "give 0 or more")
-        if self.json: writable(self.json)
+
+        if self.rerank < 0:
+            raise InputError("--rerank", f"{self.rerank} is negative", "give 0 or more")
+        if self.json:
+            writable(self.json)
         model, corpus = load_model(self.model), load_corpus(self.corpus, self.split, self.on_error)
-        if self.language: corpus = corpus.subset([row for row, one in enumerate(corpus.captions) if one.language == self.language])
-        if not corpus.captions: raise InputError(corpus.root, f"split {self.split} holds no recordings to evaluate", "choose another split or language")
+        if self.language:
+            corpus = corpus.subset(
+                [row for row, one in enumerate(corpus.captions) if one.language == self.language]
+            )
+        if not corpus.captions:
+            raise InputError(
+                corpus.root,
+                f"split {self.split} holds no recordings to evaluate",
+                "choose another split or language",
+            )
         features = load_features(model, corpus, self.on_error)
-        probe = swap_trials(load_probe(self.corpus), corpus, features) if self.split == "test" and not self.language else None
+        probe = (
+            swap_trials(load_probe(self.corpus), corpus, features)
+            if self.split == "test" and not self.language
+            else None
+        )
         result = evaluate(model, features, self.rerank, probe)
-        print(f"{self.model} on {corpus.name}/{corpus.split}{' in ' + self.language if self.language else ''}: "
-              f"{len(features):,} recordings, {len(features.image):,} pictures, {self.rerank} candidates re-ranked\n{table(result)}")
-        for line in features.skipped: print(f"skipped {line}", file=sys.stderr)
-        if self.json: write_json(self.json, result)
+        print(
+            f"{self.model} on {corpus.name}/{corpus.split}{' in ' + self.language if self.language else ''}: "
+            f"{len(features):,} recordings, {len(features.image):,} pictures, {self.rerank} candidates re-ranked\n{table(result)}"
+        )
+        for line in features.skipped:
+            print(f"skipped {line}", file=sys.stderr)
+        if self.json:
+            write_json(self.json, result)
 
 # %% ../nbs/19_cli.ipynb #f52f396a
 def table(result):  # from retrieval.evaluate
@@ -116,15 +188,25 @@ def table(result):  # from retrieval.evaluate
     lines = [f"{'':24}{'R@1':>8}{'R@5':>8}{'R@10':>8}"]
     for direction in result["coarse"]:
         for stage in ("coarse", "fine"):
-            lines.append(f"{direction.replace('_', ' ') if stage == 'coarse' else '':16} {stage:7}"
-                         + "".join(f"{value:8.1f}" for value in result[stage][direction].values()))
-    if result["swap"]: lines.append("swap probe: " + ", ".join(f"{stage} {value:.1f} %" for stage, value in result["swap"].items()) + " (chance 50 %)")
-    return "\n".join([*lines, f"{result['pairs']:,} pairs read together, {result['seconds']:.1f} s"])
+            lines.append(
+                f"{direction.replace('_', ' ') if stage == 'coarse' else '':16} {stage:7}"
+                + "".join(f"{value:8.1f}" for value in result[stage][direction].values())
+            )
+    if result["swap"]:
+        lines.append(
+            "swap probe: "
+            + ", ".join(f"{stage} {value:.1f} %" for stage, value in result["swap"].items())
+            + " (chance 50 %)"
+        )
+    return "\n".join(
+        [*lines, f"{result['pairs']:,} pairs read together, {result['seconds']:.1f} s"]
+    )
 
 # %% ../nbs/19_cli.ipynb #c597d0a0
 @dataclass
 class Search:
     "Find the pictures that a recording describes."
+
     query: Positional[Path]  # a recording: WAV, FLAC, Ogg or MP3
     gallery: str = "stamps"  # stamps, scenes, or any folder of pictures
     top: int = 10  # how many pictures to show
@@ -135,22 +217,41 @@ class Search:
     def run(self):
         from speechimg.core import InputError
         from speechimg.data import SAMPLE_RATE, decode_audio, is_silent
-        if self.top < 1: raise InputError("--top", f"{self.top} shows nothing", "give at least 1")
-        if self.save: writable(self.save)
+
+        if self.top < 1:
+            raise InputError("--top", f"{self.top} shows nothing", "give at least 1")
+        if self.save:
+            writable(self.save)
         data = self.query.read_bytes()
         from speechimg.retrieval import load_model, open_gallery, search
+
         longest = (model := load_model(self.model)).config.max_seconds
-        wave = decode_audio(data, str(self.query), longest + 0.01)                               # a little more, to know whether there is more
-        if is_silent(wave): raise InputError(self.query, "holds only silence", "record it again, closer to the microphone")
-        if len(wave) > longest * SAMPLE_RATE: print(f"{self.query}: only the first {longest:g} seconds are used", file=sys.stderr)
+        wave = decode_audio(
+            data, str(self.query), longest + 0.01
+        )  # a little more, to know whether there is more
+        if is_silent(wave):
+            raise InputError(
+                self.query, "holds only silence", "record it again, closer to the microphone"
+            )
+        if len(wave) > longest * SAMPLE_RATE:
+            print(f"{self.query}: only the first {longest:g} seconds are used", file=sys.stderr)
         corpus, images = open_gallery(model, self.gallery)
-        for line in corpus.skipped: print(f"skipped {line}", file=sys.stderr)
+        for line in corpus.skipped:
+            print(f"skipped {line}", file=sys.stderr)
         hits = search(model, wave, (corpus, images), self.top, self.rerank)
-        print(f"rank coarse   cosine     fine  picture, of {len(corpus.pictures):,} in {self.gallery}")
-        for hit in hits: print(f"{hit.rank:4}{hit.before:7}{hit.coarse:9.2f}{'' if hit.fine is None else format(hit.fine, '.2f'):>9}  {hit.path}",
-                               f"({', '.join(concepts)})" if (concepts := corpus.pictures[hit.picture].concepts) else "")
+        print(
+            f"rank coarse   cosine     fine  picture, of {len(corpus.pictures):,} in {self.gallery}"
+        )
+        for hit in hits:
+            print(
+                f"{hit.rank:4}{hit.before:7}{hit.coarse:9.2f}{'' if hit.fine is None else format(hit.fine, '.2f'):>9}  {hit.path}",
+                f"({', '.join(concepts)})"
+                if (concepts := corpus.pictures[hit.picture].concepts)
+                else "",
+            )
         if self.save:
             from speechimg.page import Answer, write_page
+
             write_page(self.save, [Answer(self.query.name, wave, corpus, hits)])
             print(f"page written to {self.save}")
 
@@ -158,17 +259,24 @@ class Search:
 @dataclass
 class Check:
     "Read every file of a corpus, or of a folder of pictures, and list what is wrong; exit code 1 if anything is."
-    corpus: Positional[str]  # scenes, stamps, a folder or .zip in the common layout, or a folder of pictures
+
+    corpus: Positional[
+        str
+    ]  # scenes, stamps, a folder or .zip in the common layout, or a folder of pictures
 
     def run(self):
         from speechimg.core import InputError
         from speechimg.corpora import check_corpus, find, picture_folder, splits
-        if splits(find(self.corpus)): problems = check_corpus(self.corpus)
+
+        if splits(find(self.corpus)):
+            problems = check_corpus(self.corpus)
         else:
             pictures, problems = picture_folder(self.corpus), []
             for place in range(len(pictures.pictures)):
-                try: pictures.load_picture(place)
-                except InputError as error: problems.append(str(error))
+                try:
+                    pictures.load_picture(place)
+                except InputError as error:
+                    problems.append(str(error))
         print("\n".join(problems) if problems else f"{self.corpus}: every file can be read")
         return bool(problems)
 
@@ -176,63 +284,122 @@ class Check:
 @dataclass
 class Course:
     "build: make an nbgrader course of the chapters' assignments. grade: mark what lies in submitted/STUDENT/ASSIGNMENT of it."
+
     action: Positional[Literal["build", "grade"]]
     out: Path = Path("course")  # folder of the course
     assignments: tuple[str, ...] = ()  # only these; all of them when left out
-    seed: int = 0  # for build: a number that only you know, from which the hidden checks draw theirs
+    seed: int = (
+        0  # for build: a number that only you know, from which the hidden checks draw theirs
+    )
     jobs: int | None = None  # for grade: submissions at a time; one per core when left out
-    unsafe: bool = False  # for grade: also on a system that cannot keep strangers' code from your files
+    unsafe: bool = (
+        False  # for grade: also on a system that cannot keep strangers' code from your files
+    )
 
     def run(self):
         from speechimg.core import InputError
-        try: from speechimg.classroom import build, grade
-        except ImportError as error: raise InputError("speechimg course", f"needs nbgrader ({error})", "pip install 'speechimg[course]'") from None
+
+        try:
+            from speechimg.classroom import build, grade
+        except ImportError as error:
+            raise InputError(
+                "speechimg course", f"needs nbgrader ({error})", "pip install 'speechimg[course]'"
+            ) from None
         if self.action == "build":
             names = build(self.out, self.seed, self.assignments)
-            return print(f"{len(names)} assignment{'s' * (len(names) != 1)} in {self.out}: {', '.join(names)}\nhand out {self.out / 'release'} or {self.out / 'zip'}; collect into {self.out / 'submitted/STUDENT/ASSIGNMENT'}")
-        handed_in = sorted({path.name for path in (self.out / "submitted").glob("*/*") if path.is_dir()})
+            return print(
+                f"{len(names)} assignment{'s' * (len(names) != 1)} in {self.out}: {', '.join(names)}\nhand out {self.out / 'release'} or {self.out / 'zip'}; collect into {self.out / 'submitted/STUDENT/ASSIGNMENT'}"
+            )
+        handed_in = sorted(
+            {path.name for path in (self.out / "submitted").glob("*/*") if path.is_dir()}
+        )
         for name in self.assignments or handed_in:
             marks, text = grade(self.out, name, self.jobs, self.unsafe)
             shut = next((one.shut for one in marks if one.shut), [])
-            print(f"{name}: {len(marks)} submission{'s' * (len(marks) != 1)}, kept from strangers' code by {', '.join(shut) or 'nothing'}\n\n{text}\n\nwritten to {self.out / 'marks' / name}.csv and the gradebook\n")
-        if not (self.assignments or handed_in): raise InputError(self.out / "submitted", "holds no submissions", "put notebooks into submitted/STUDENT/ASSIGNMENT/")
-
+            print(
+                f"{name}: {len(marks)} submission{'s' * (len(marks) != 1)}, kept from strangers' code by {', '.join(shut) or 'nothing'}\n\n{text}\n\nwritten to {self.out / 'marks' / name}.csv and the gradebook\n"
+            )
+        if not (self.assignments or handed_in):
+            raise InputError(
+                self.out / "submitted",
+                "holds no submissions",
+                "put notebooks into submitted/STUDENT/ASSIGNMENT/",
+            )
 
 # %% ../nbs/19_cli.ipynb #e21a6978
 def writable(path):  # a file about to be written, minutes from now
     "Say at once what would go wrong at the end. Raises InputError."
     from speechimg.core import InputError
+
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK): raise InputError(path, "cannot be written", "give a file in a folder of yours")
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(path, "cannot be written", "give a file in a folder of yours")
 
 # %% ../nbs/19_cli.ipynb #f3a4e9bb
 def main(arguments=None):  # list of str; those of the process when left out
     "Run a command; returns the exit code: 0, 1 = problems found, 2 = wrong input, 130 = stopped by Ctrl-C, 141 = reader gone."
-    several = os.environ.get("WORLD_SIZE", "1") != "1"                       # one of several processes, started by torchrun
-    first, name = not several or os.environ.get("RANK", "0") == "0", f"rank {os.environ.get('RANK')}: " if several else ""
-    warnings.simplefilter("ignore")                                          # libraries' warnings are noise here, our own are one line each
-    if first: warnings.filterwarnings("default", module=r"speechimg\.")
+    several = (
+        os.environ.get("WORLD_SIZE", "1") != "1"
+    )  # one of several processes, started by torchrun
+    first, name = (
+        not several or os.environ.get("RANK", "0") == "0",
+        f"rank {os.environ.get('RANK')}: " if several else "",
+    )
+    warnings.simplefilter("ignore")  # libraries' warnings are noise here, our own are one line each
+    if first:
+        warnings.filterwarnings("default", module=r"speechimg\.")
     warnings.formatwarning = lambda message, *_, **__: f"speechimg: {message}\n"
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows a ?
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows a ?
     try:
-        commands = {"train": Train, "plan": Plan, "evaluate": Evaluate, "search": Search, "check": Check, "course": Course}
+        commands = {
+            "train": Train,
+            "plan": Plan,
+            "evaluate": Evaluate,
+            "search": Search,
+            "check": Check,
+            "course": Course,
+        }
         with nullcontext() if first else redirect_stdout(StringIO()):
-            command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="speechimg", config=(FlagCreatePairsOff,),
-                                                           description="Find the right picture from a spoken description.")
+            command = tyro.extras.subcommand_cli_from_dict(
+                commands,
+                args=arguments,
+                prog="speechimg",
+                config=(FlagCreatePairsOff,),
+                description="Find the right picture from a spoken description.",
+            )
             code = int(command.run() or 0)
-        return sys.stdout.flush() or code                                    # a reader that has gone is noticed here
-    except KeyboardInterrupt: problem, code = "stopped", 130
+        return sys.stdout.flush() or code  # a reader that has gone is noticed here
+    except KeyboardInterrupt:
+        problem, code = "stopped", 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141  # or Python complains again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # or Python complains again at its end
     except Exception as error:
-        if os.environ.get("SPEECHIMG_TRACEBACK"): raise
-        if type(error).__name__ == "InputError": problem, code = str(error), 2   # not imported here: --help must not wait for torch
-        elif isinstance(error, OSError) and error.strerror: problem, code = f"{error.filename or 'a file'}: {error.strerror}; check path, rights and free space", 2
-        elif isinstance(error, MemoryError) or "allocate" in str(error): problem, code = f"not enough memory ({' '.join(str(error).split())[:99]}); lower batch_size, width or queue_size", 2
-        else: problem, code = f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; SPEECHIMG_TRACEBACK=1 shows where", 1
-    if not first: time.sleep(3)                                              # torchrun stops this process if the first one said the same
+        if os.environ.get("SPEECHIMG_TRACEBACK"):
+            raise
+        if type(error).__name__ == "InputError":
+            problem, code = str(error), 2  # not imported here: --help must not wait for torch
+        elif isinstance(error, OSError) and error.strerror:
+            problem, code = (
+                f"{error.filename or 'a file'}: {error.strerror}; check path, rights and free space",
+                2,
+            )
+        elif isinstance(error, MemoryError) or "allocate" in str(error):
+            problem, code = (
+                f"not enough memory ({' '.join(str(error).split())[:99]}); lower batch_size, width or queue_size",
+                2,
+            )
+        else:
+            problem, code = (
+                f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; SPEECHIMG_TRACEBACK=1 shows where",
+                1,
+            )
+    if not first:
+        time.sleep(3)  # torchrun stops this process if the first one said the same
     print(f"speechimg: {name}{problem}", file=sys.stderr)
     return code
 
 # %% ../nbs/19_cli.ipynb #567e3b0c
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())      # python -m speechimg.cli; not inside the notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # python -m speechimg.cli; not inside the notebook

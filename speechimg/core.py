@@ -18,18 +18,30 @@ import torch
 # %% ../nbs/00_core.ipynb #0e0e331a
 class InputError(ValueError):
     "A mistake in something the user gave us, told in one line: where it is, what is wrong, what to do about it."
-    def __init__(self, where,  # the file, key or argument at fault
-                 problem,      # what is wrong with it, in plain words
-                 remedy):      # what the user can do
-        self.where, self.problem, self.remedy = (" ".join(str(part).split())[:1000] for part in (where, problem, remedy))
+
+    def __init__(
+        self,
+        where,  # the file, key or argument at fault
+        problem,  # what is wrong with it, in plain words
+        remedy,
+    ):  # what the user can do
+        self.where, self.problem, self.remedy = (
+            " ".join(str(part).split())[:1000] for part in (where, problem, remedy)
+        )
         super().__init__(f"{self.where}: {self.problem}; {self.remedy}")
-    def __reduce__(self):  # worker processes send exceptions home by pickling, which needs all three arguments
+
+    def __reduce__(
+        self,
+    ):  # worker processes send exceptions home by pickling, which needs all three arguments
         return type(self), (self.where, self.problem, self.remedy)
 
 # %% ../nbs/00_core.ipynb #3ef384c4
 @contextmanager
-def atomic_write(path, mode="wb",  # "wb" for bytes, "w" for text (UTF-8)
-                 sync=True):       # wait until the bytes are on the disk: yes for checkpoints, needless for caches
+def atomic_write(
+    path,
+    mode="wb",  # "wb" for bytes, "w" for text (UTF-8)
+    sync=True,
+):  # wait until the bytes are on the disk: yes for checkpoints, needless for caches
     "Write a file completely or not at all: a temporary file in the same folder takes the name at the very end."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,141 +50,285 @@ def atomic_write(path, mode="wb",  # "wb" for bytes, "w" for text (UTF-8)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            if sync: os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and not error.filename: error.filename = str(path)  # a full disk does not say where
+        if error.errno and not error.filename:
+            error.filename = str(path)  # a full disk does not say where
         raise
-    finally: temporary.unlink(missing_ok=True)  # only there still if something went wrong
+    finally:
+        temporary.unlink(missing_ok=True)  # only there still if something went wrong
 
 # %% ../nbs/00_core.ipynb #b9931713
 def write_json(path, obj):
     "Write anything that JSON can hold as readable text, atomically; NaN and infinity are refused (ValueError)."
-    text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # before the file is touched
-    with atomic_write(path, "w") as file: file.write(text)
+    text = (
+        json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )  # before the file is touched
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
 
 def read_json(path):
     "Read a JSON file; a missing or broken one is an InputError."
     path = Path(path)
-    if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > 2**26):  # one would wait at a pipe for ever
-        raise InputError(path, "is no ordinary file of at most 64 MB", "give the file that was meant")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error: raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from None
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise InputError(path, f"is not valid JSON ({error})", "repair the file or make it again") from None
+    if (
+        path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > 2**26)
+    ):  # one would wait at a pipe for ever
+        raise InputError(
+            path, "is no ordinary file of at most 64 MB", "give the file that was meant"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        raise InputError(
+            path, f"is not valid JSON ({error})", "repair the file or make it again"
+        ) from None
 
 # %% ../nbs/00_core.ipynb #08315f98
 def setting(default, low=None, high=None, choices=None):
     "A field of Config: its default, and the smallest, the largest or the only values it may hold."
     return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
+
 def checked(item, value):
     "What the user gave for a field made by setting(), in the field's own type, or an InputError that names key, value and remedy."
-    kind, words = item.type, {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[item.type]
+    kind, words = (
+        item.type,
+        {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[
+            item.type
+        ],
+    )
     low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
-    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, (int, float) if kind is float else kind) or (
+        isinstance(value, bool) and kind is not bool
+    ):
         raise InputError(item.name, f"{value!r} has the wrong type", f"give {words}")
-    if kind is float and not abs(value) < 1e308: raise InputError(item.name, f"{value!r} is not finite", "give an ordinary number")
-    if choices and value not in choices: raise InputError(item.name, f"{value!r} is not one of the choices", f"choose from {', '.join(choices)}")
-    if low is not None and value < low: raise InputError(item.name, f"{value!r} is too small", f"give at least {low}")
-    if high is not None and value > high: raise InputError(item.name, f"{value!r} is too large", f"give at most {high}")
+    if kind is float and not abs(value) < 1e308:
+        raise InputError(item.name, f"{value!r} is not finite", "give an ordinary number")
+    if choices and value not in choices:
+        raise InputError(
+            item.name, f"{value!r} is not one of the choices", f"choose from {', '.join(choices)}"
+        )
+    if low is not None and value < low:
+        raise InputError(item.name, f"{value!r} is too small", f"give at least {low}")
+    if high is not None and value > high:
+        raise InputError(item.name, f"{value!r} is too large", f"give at most {high}")
     return kind(value)
 
 # %% ../nbs/00_core.ipynb #c214b9f8
 @dataclass
 class Config:
     "Every choice of a run, flat, checked, and small enough to print. Raises InputError for a value that cannot be."
-    towers: str = setting("light", choices=("light", "small", "paper"))  # pretrained and frozen, from scratch, or those of the paper
-    speech_model: str = setting("hubert_base", choices=("hubert_base", "hubert_large", "tiny"))  # "paper" towers only; tiny: random weights, for tries
-    speech_layers: str = setting("weighted", choices=("weighted", "last"))  # a learned mean of all of its layers, or the last one
-    image_model: str = setting("Salesforce/blip2-opt-2.7b")  # "paper" towers only: a BLIP-2 on the hub or in a folder; or "tiny"
-    qformer: bool = setting(False)                      # the Q-Former's query tokens instead of patches
-    finetune: str = setting("none", choices=("none", "speech", "image", "both"))  # which pretrained towers learn, too
-    layer_decay: float = setting(1.0, low=0.1, high=1)  # of the learning rate, per layer below the top of a fine-tuned tower
-    cache_towers: bool = setting(True)                  # outputs of frozen towers are computed once and kept on disk
-    checkpointing: bool = setting(False)                # compute activations of fine-tuned towers twice, to store fewer
-    width: int = setting(128, low=1, high=2**16)        # size of a token
-    dim: int = setting(128, low=1, high=2**16)          # size d of an embedding (ALBEF default 256, the paper's value not seen)
-    speech_depth: int = setting(1, low=0)               # attention blocks in the speech tower
-    image_depth: int = setting(2, low=0)                # attention blocks in the image tower
-    fusion_depth: int = setting(2, low=0)               # blocks of the multimodal encoder (ALBEF default 6, the paper's value not seen)
-    heads: int = setting(4, low=1)                      # attention heads; divides width
-    dropout: float = setting(0.0, low=0, high=0.9)      # share of activations dropped in training
-    max_seconds: float = setting(20.0, low=0.1)         # longer recordings are cut
-    temperature: float = setting(0.07, low=1e-6)        # where the learned temperature starts (ALBEF default, the paper's value not seen)
-    temperature_min: float = setting(0.001, low=1e-6)   # clamped to this range at every step (ALBEF default, the paper's value not seen)
+
+    towers: str = setting(
+        "light", choices=("light", "small", "paper")
+    )  # pretrained and frozen, from scratch, or those of the paper
+    speech_model: str = setting(
+        "hubert_base", choices=("hubert_base", "hubert_large", "tiny")
+    )  # "paper" towers only; tiny: random weights, for tries
+    speech_layers: str = setting(
+        "weighted", choices=("weighted", "last")
+    )  # a learned mean of all of its layers, or the last one
+    image_model: str = setting(
+        "Salesforce/blip2-opt-2.7b"
+    )  # "paper" towers only: a BLIP-2 on the hub or in a folder; or "tiny"
+    qformer: bool = setting(False)  # the Q-Former's query tokens instead of patches
+    finetune: str = setting(
+        "none", choices=("none", "speech", "image", "both")
+    )  # which pretrained towers learn, too
+    layer_decay: float = setting(
+        1.0, low=0.1, high=1
+    )  # of the learning rate, per layer below the top of a fine-tuned tower
+    cache_towers: bool = setting(
+        True
+    )  # outputs of frozen towers are computed once and kept on disk
+    checkpointing: bool = setting(
+        False
+    )  # compute activations of fine-tuned towers twice, to store fewer
+    width: int = setting(128, low=1, high=2**16)  # size of a token
+    dim: int = setting(
+        128, low=1, high=2**16
+    )  # size d of an embedding (ALBEF default 256, the paper's value not seen)
+    speech_depth: int = setting(1, low=0)  # attention blocks in the speech tower
+    image_depth: int = setting(2, low=0)  # attention blocks in the image tower
+    fusion_depth: int = setting(
+        2, low=0
+    )  # blocks of the multimodal encoder (ALBEF default 6, the paper's value not seen)
+    heads: int = setting(4, low=1)  # attention heads; divides width
+    dropout: float = setting(0.0, low=0, high=0.9)  # share of activations dropped in training
+    max_seconds: float = setting(20.0, low=0.1)  # longer recordings are cut
+    temperature: float = setting(
+        0.07, low=1e-6
+    )  # where the learned temperature starts (ALBEF default, the paper's value not seen)
+    temperature_min: float = setting(
+        0.001, low=1e-6
+    )  # clamped to this range at every step (ALBEF default, the paper's value not seen)
     temperature_max: float = setting(0.5, low=1e-6)
-    queue_size: int = setting(1024, low=0, high=10**9) # past embeddings kept as extra negatives; at most about one epoch of pairs
-    token_slots: int = setting(0, low=0)                # newest queue entries that also keep their tokens
-    momentum: float = setting(0.995, low=0, high=1)     # of the teacher (ALBEF default, the paper's value not seen)
-    alpha: float = setting(0.4, low=0, high=1)          # weight of the teacher's soft targets (ALBEF default, the paper's value not seen)
-    alpha_ramp_steps: int = setting(1000, low=0)        # alpha grows from 0 to its value over these steps
-    student_steps: int = setting(0, low=0)              # before this step the keys are the student's own: no teacher yet, no alpha
-    queue_warmup_steps: int = setting(300, low=0)       # before this step only the batch supplies keys
-    sim_start_step: int = setting(0, low=0)             # first step with the matching loss
-    sim_weight: float = setting(1.0, low=0)             # weight of the matching loss (ALBEF default, the paper's value not seen)
-    negatives: str = setting("batch", choices=("batch", "queue"))          # where hard negatives come from
-    negatives_per_anchor: int = setting(1, low=1)       # wrong partners per pair and direction
-    negative_sampling: str = setting("hard", choices=("hard", "random"))   # in proportion to similarity, or evenly
-    batch_size: int = setting(64, low=1)                # pairs per optimiser step, over all processes
-    accumulate: int = setting(1, low=1)                 # micro-batches that a step is made of; each finds its own negatives
-    workers: int = setting(0, low=0)                    # processes that prepare batches ahead
-    compile: bool = setting(False)                      # compile towers and fusion (torch.compile); of the paper's towers only what is new in them
-    tensorboard: bool = setting(False)                  # also log for TensorBoard, which has to be installed
-    steps: int = setting(3000, low=1)                   # optimiser steps
-    learning_rate: float = setting(5e-4, low=0)         # peak, after the warm-up
-    warmup_steps: int = setting(100, low=0)             # linear rise of the learning rate
-    final_learning_rate: float = setting(1e-6, low=0)   # end of the cosine (ALBEF default, the paper's value not seen)
-    weight_decay: float = setting(0.02, low=0)          # of matrices only (ALBEF default, the paper's value not seen)
-    clip_norm: float = setting(1.0, low=0)              # gradients longer than this are shortened; 0 = never
-    singles_first: int = setting(0, low=0)              # for so many steps only captions of a single thing: words before sentences
-    siblings: float = setting(0.5, low=0, high=1)       # share of a batch drawn as groups of sibling scenes ...
-    siblings_start_step: int = setting(0, low=0)        # ... from the first epoch that starts at this step or later
+    queue_size: int = setting(
+        1024, low=0, high=10**9
+    )  # past embeddings kept as extra negatives; at most about one epoch of pairs
+    token_slots: int = setting(0, low=0)  # newest queue entries that also keep their tokens
+    momentum: float = setting(
+        0.995, low=0, high=1
+    )  # of the teacher (ALBEF default, the paper's value not seen)
+    alpha: float = setting(
+        0.4, low=0, high=1
+    )  # weight of the teacher's soft targets (ALBEF default, the paper's value not seen)
+    alpha_ramp_steps: int = setting(1000, low=0)  # alpha grows from 0 to its value over these steps
+    student_steps: int = setting(
+        0, low=0
+    )  # before this step the keys are the student's own: no teacher yet, no alpha
+    queue_warmup_steps: int = setting(300, low=0)  # before this step only the batch supplies keys
+    sim_start_step: int = setting(0, low=0)  # first step with the matching loss
+    sim_weight: float = setting(
+        1.0, low=0
+    )  # weight of the matching loss (ALBEF default, the paper's value not seen)
+    negatives: str = setting("batch", choices=("batch", "queue"))  # where hard negatives come from
+    negatives_per_anchor: int = setting(1, low=1)  # wrong partners per pair and direction
+    negative_sampling: str = setting(
+        "hard", choices=("hard", "random")
+    )  # in proportion to similarity, or evenly
+    batch_size: int = setting(64, low=1)  # pairs per optimiser step, over all processes
+    accumulate: int = setting(
+        1, low=1
+    )  # micro-batches that a step is made of; each finds its own negatives
+    workers: int = setting(0, low=0)  # processes that prepare batches ahead
+    compile: bool = setting(
+        False
+    )  # compile towers and fusion (torch.compile); of the paper's towers only what is new in them
+    tensorboard: bool = setting(False)  # also log for TensorBoard, which has to be installed
+    steps: int = setting(3000, low=1)  # optimiser steps
+    learning_rate: float = setting(5e-4, low=0)  # peak, after the warm-up
+    warmup_steps: int = setting(100, low=0)  # linear rise of the learning rate
+    final_learning_rate: float = setting(
+        1e-6, low=0
+    )  # end of the cosine (ALBEF default, the paper's value not seen)
+    weight_decay: float = setting(
+        0.02, low=0
+    )  # of matrices only (ALBEF default, the paper's value not seen)
+    clip_norm: float = setting(1.0, low=0)  # gradients longer than this are shortened; 0 = never
+    singles_first: int = setting(
+        0, low=0
+    )  # for so many steps only captions of a single thing: words before sentences
+    siblings: float = setting(
+        0.5, low=0, high=1
+    )  # share of a batch drawn as groups of sibling scenes ...
+    siblings_start_step: int = setting(
+        0, low=0
+    )  # ... from the first epoch that starts at this step or later
     siblings_late: float = setting(0.5, low=0, high=1)  # that share ...
-    siblings_late_step: int = setting(0, low=0)         # ... from the first epoch that starts here or later; 0 = never
-    captions_per_image: int = setting(1, low=0)         # captions of one image in one batch; 0 = no limit
-    augment: bool = setting(True)                       # change every training batch a little
+    siblings_late_step: int = setting(
+        0, low=0
+    )  # ... from the first epoch that starts here or later; 0 = never
+    captions_per_image: int = setting(1, low=0)  # captions of one image in one batch; 0 = no limit
+    augment: bool = setting(True)  # change every training batch a little
     precision: str = setting("float32", choices=("float32", "bfloat16"))
-    seed: int = setting(0, low=0, high=2**62)           # all randomness starts here
-    evaluate_every: int = setting(500, low=1)           # steps between validations
-    checkpoint_every: int = setting(500, low=1)         # steps between checkpoints
-    score_mode: str = setting("sim", choices=("sim", "sum", "logits"))  # re-rank by matching alone, matching + cosine, or matching + cosine / temperature
+    seed: int = setting(0, low=0, high=2**62)  # all randomness starts here
+    evaluate_every: int = setting(500, low=1)  # steps between validations
+    checkpoint_every: int = setting(500, low=1)  # steps between checkpoints
+    score_mode: str = setting(
+        "sim", choices=("sim", "sum", "logits")
+    )  # re-rank by matching alone, matching + cosine, or matching + cosine / temperature
 
     def __post_init__(self):
-        for item in fields(self): setattr(self, item.name, checked(item, getattr(self, item.name)))
+        for item in fields(self):
+            setattr(self, item.name, checked(item, getattr(self, item.name)))
         for right, *message in (
-            (self.width % self.heads == 0, "heads", f"{self.heads} does not divide width {self.width}", "make width a multiple of heads"),
-            (self.temperature_min <= self.temperature <= self.temperature_max, "temperature", f"{self.temperature} lies outside its range", "choose one from temperature_min to temperature_max"),
-            (self.accumulate <= self.batch_size, "accumulate", f"{self.accumulate} is more than batch_size {self.batch_size}", "lower it"),
-            (self.token_slots <= self.queue_size, "token_slots", f"{self.token_slots} is more than queue_size {self.queue_size}", "lower it or lengthen the queue"),
-            (self.negatives == "batch" or self.token_slots, "negatives", "'queue' needs entries that keep their tokens", "set token_slots above 0 or negatives to 'batch'")):
-            if not right: raise InputError(*message)
+            (
+                self.width % self.heads == 0,
+                "heads",
+                f"{self.heads} does not divide width {self.width}",
+                "make width a multiple of heads",
+            ),
+            (
+                self.temperature_min <= self.temperature <= self.temperature_max,
+                "temperature",
+                f"{self.temperature} lies outside its range",
+                "choose one from temperature_min to temperature_max",
+            ),
+            (
+                self.accumulate <= self.batch_size,
+                "accumulate",
+                f"{self.accumulate} is more than batch_size {self.batch_size}",
+                "lower it",
+            ),
+            (
+                self.token_slots <= self.queue_size,
+                "token_slots",
+                f"{self.token_slots} is more than queue_size {self.queue_size}",
+                "lower it or lengthen the queue",
+            ),
+            (
+                self.negatives == "batch" or self.token_slots,
+                "negatives",
+                "'queue' needs entries that keep their tokens",
+                "set token_slots above 0 or negatives to 'batch'",
+            ),
+        ):
+            if not right:
+                raise InputError(*message)
 
     @classmethod
     def from_dict(cls, values):  # {name: value}; names left out keep their defaults
         "Make a Config from a dictionary; an unknown name is an InputError."
-        if not isinstance(values, dict): raise InputError("config", f"is a {type(values).__name__}, not a table of names and values", 'write {"name": value, ...}')
+        if not isinstance(values, dict):
+            raise InputError(
+                "config",
+                f"is a {type(values).__name__}, not a table of names and values",
+                'write {"name": value, ...}',
+            )
         known = [item.name for item in fields(cls)]
         for name in [name for name in values if name not in known]:
             near = difflib.get_close_matches(str(name), known, 1)
-            raise InputError(name, f"is no setting (given {values[name]!r})", f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+            raise InputError(
+                name,
+                f"is no setting (given {values[name]!r})",
+                f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}",
+            )
         return cls(**values)
 
     @classmethod
-    def load(cls, path):  # a JSON file, or flickr8k-base, flickr8k-large, spokencoco-large, scenes-small
+    def load(
+        cls, path
+    ):  # a JSON file, or flickr8k-base, flickr8k-large, spokencoco-large, scenes-small
         'Read a Config from a JSON file, or one of data/configs by its name; errors name the file. "assumed" lists values not seen in the paper.'
-        if not Path(path).suffix and not Path(path).exists() and (shipped := data_dir() / "configs" / f"{path}.json").exists(): path = shipped
+        if (
+            not Path(path).suffix
+            and not Path(path).exists()
+            and (shipped := data_dir() / "configs" / f"{path}.json").exists()
+        ):
+            path = shipped
         values = read_json(path)
-        try: return cls.from_dict({name: value for name, value in values.items() if name != "assumed"} if isinstance(values, dict) else values)
-        except InputError as error: raise InputError(f"{path}: {error.where}", error.problem, error.remedy) from None
-    def to_dict(self): return asdict(self)
-    def save(self, path): write_json(path, self.to_dict())
+        try:
+            return cls.from_dict(
+                {name: value for name, value in values.items() if name != "assumed"}
+                if isinstance(values, dict)
+                else values
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error.where}", error.problem, error.remedy) from None
+
+    def to_dict(self):
+        return asdict(self)
+
+    def save(self, path):
+        write_json(path, self.to_dict())
 
 # %% ../nbs/00_core.ipynb #5993a5b0
 def seed_everything(seed):
     "Seed Python, NumPy and torch; returns a torch.Generator for everything that draws on purpose."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
+
 
 def default_device():
     "The GPU where there is one, else the CPU."
@@ -182,30 +338,63 @@ def default_device():
 def data_dir():
     "Folder of the shipped corpora and models: $SPEECHIMG_DATA, else data/ of the clone, else data/ here or above. Raises InputError."
     wished = os.environ.get("SPEECHIMG_DATA")
-    if wished and not Path(wished).is_dir(): raise InputError(f"SPEECHIMG_DATA={wished}", "is not a folder", "point it at the project's data folder")
-    clone = [Path(__file__).resolve().parent.parent] if "__file__" in globals() else []  # a notebook has no __file__
-    if wished: return Path(wished)
+    if wished and not Path(wished).is_dir():
+        raise InputError(
+            f"SPEECHIMG_DATA={wished}", "is not a folder", "point it at the project's data folder"
+        )
+    clone = (
+        [Path(__file__).resolve().parent.parent] if "__file__" in globals() else []
+    )  # a notebook has no __file__
+    if wished:
+        return Path(wished)
     for folder in (*clone, Path.cwd(), *Path.cwd().parents):
-        if (folder / "data" / "scenes.zip").is_file(): return folder / "data"              # other projects have a folder of that name, too
-    raise InputError("data", "the folder with the shipped corpora was not found", "a clone of the project holds it: run inside the clone or set SPEECHIMG_DATA to its data folder")
+        if (folder / "data" / "scenes.zip").is_file():
+            return folder / "data"  # other projects have a folder of that name, too
+    raise InputError(
+        "data",
+        "the folder with the shipped corpora was not found",
+        "a clone of the project holds it: run inside the clone or set SPEECHIMG_DATA to its data folder",
+    )
+
 
 def cache_dir():
     "Folder for things computed once: $SPEECHIMG_CACHE, else ~/.cache/speechimg; made if missing. Raises InputError."
     folder = Path(os.environ.get("SPEECHIMG_CACHE") or Path.home() / ".cache" / "speechimg")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise InputError(folder, f"cannot be made ({error.strerror})", "set SPEECHIMG_CACHE to a folder you may write") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            folder,
+            f"cannot be made ({error.strerror})",
+            "set SPEECHIMG_CACHE to a folder you may write",
+        ) from None
     return folder
+
 
 def memory_limit():
     "Bytes of features that a process keeps in memory: $SPEECHIMG_MEMORY in GB, else 8. Raises InputError."
     wished = os.environ.get("SPEECHIMG_MEMORY") or "8"
-    try: limit = float(wished) * 1e9
-    except ValueError: limit = -1.
-    if not limit >= 0: raise InputError(f"SPEECHIMG_MEMORY={wished}", "is no number of GB", "give 8, for example")
+    try:
+        limit = float(wished) * 1e9
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise InputError(f"SPEECHIMG_MEMORY={wished}", "is no number of GB", "give 8, for example")
     return limit
+
 
 def set_theme():
     "One look for all plots of the project."
     import seaborn as sns  # slow to import, so only where something is drawn
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
-                  rc={"figure.figsize": (6, 3.2), "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
+
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        palette="colorblind",
+        rc={
+            "figure.figsize": (6, 3.2),
+            "figure.dpi": 80,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        },
+    )

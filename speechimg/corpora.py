@@ -23,39 +23,58 @@ from .store import Store, manifest, safe, typed
 @dataclass
 class Caption:
     "One recording that describes one picture."
-    uttid: str          # its name, unique in the split
-    wav: str            # its file, relative to the corpus
-    text: str           # what is said; "" when unknown
-    speaker: str        # whose voice; "" when unknown
-    language: str       # "en", "fr", ...; "" when unknown
-    image: int          # place of its picture in Corpus.pictures
+
+    uttid: str  # its name, unique in the split
+    wav: str  # its file, relative to the corpus
+    text: str  # what is said; "" when unknown
+    speaker: str  # whose voice; "" when unknown
+    language: str  # "en", "fr", ...; "" when unknown
+    image: int  # place of its picture in Corpus.pictures
+
 
 @dataclass
 class Picture:
     "One picture. Its id is what several captions share."
-    path: str                                     # its file, relative to the corpus
-    id: int                                       # its `meaning` in the manifest, else its number there
+
+    path: str  # its file, relative to the corpus
+    id: int  # its `meaning` in the manifest, else its number there
     concepts: list = field(default_factory=list)  # the nouns to be seen
-    scene: dict | None = None                     # how it was composed, for made-up scenes
-    group: int = -1                               # pictures of one group show the same nouns in another binding; -1 = none
+    scene: dict | None = None  # how it was composed, for made-up scenes
+    group: int = -1  # pictures of one group show the same nouns in another binding; -1 = none
 
 # %% ../nbs/02_corpora.ipynb #2279aa2a
 class Corpus:
     "One split of a corpus: pictures, captions that point at them, and a way to their bytes."
-    def __init__(self, name, split,    # what to call it; "train", "val", "test", ...
-                 pictures, captions,   # lists of Picture and Caption
-                 root, skipped=(),     # a folder, a .zip file or a Store; a line for each entry left out while loading
-                 sources=(),           # the files that say what is in it
-                 incomplete=None):     # a line that says so, when parts of a known corpus are missing
+
+    def __init__(
+        self,
+        name,
+        split,  # what to call it; "train", "val", "test", ...
+        pictures,
+        captions,  # lists of Picture and Caption
+        root,
+        skipped=(),  # a folder, a .zip file or a Store; a line for each entry left out while loading
+        sources=(),  # the files that say what is in it
+        incomplete=None,
+    ):  # a line that says so, when parts of a known corpus are missing
         self.store = root if isinstance(root, Store) else Store(root)
-        self.name, self.split, self.pictures, self.captions = name, split, list(pictures), list(captions)
+        self.name, self.split, self.pictures, self.captions = (
+            name,
+            split,
+            list(pictures),
+            list(captions),
+        )
         self.root, self.skipped, self.read = self.store.root, list(skipped), self.store.read
         self.sources, self.incomplete = list(sources), incomplete
-        self.image_of = torch.tensor([caption.image for caption in self.captions], dtype=torch.long)  # (n_captions,)
+        self.image_of = torch.tensor(
+            [caption.image for caption in self.captions], dtype=torch.long
+        )  # (n_captions,)
 
     def load_wave(self, index, max_seconds=None, strict=False):
         "(n,) float32: the sound of one caption. Raises InputError."
-        return decode_audio(self.read(self.captions[index].wav), self.captions[index].wav, max_seconds, strict)
+        return decode_audio(
+            self.read(self.captions[index].wav), self.captions[index].wav, max_seconds, strict
+        )
 
     def load_picture(self, index):
         "One picture, as a PIL image. Raises InputError."
@@ -64,124 +83,280 @@ class Corpus:
     def subset(self, captions):
         "The same corpus with only the captions at these places, and their pictures; ids stay what they were."
         captions = [self.captions[int(index)] for index in captions]
-        kept = sorted({caption.image for caption in captions}); place = {old: new for new, old in enumerate(kept)}
-        return Corpus(self.name, self.split, [self.pictures[old] for old in kept],
-                      [replace(caption, image=place[caption.image]) for caption in captions], self.store, self.skipped, self.sources)
+        kept = sorted({caption.image for caption in captions})
+        place = {old: new for new, old in enumerate(kept)}
+        return Corpus(
+            self.name,
+            self.split,
+            [self.pictures[old] for old in kept],
+            [replace(caption, image=place[caption.image]) for caption in captions],
+            self.store,
+            self.skipped,
+            self.sources,
+        )
 
     def fingerprint(self):
         "sha256 of the file that says what is in this split; of several together; of all names, where no file says it. Raises InputError."
-        if len(self.sources) == 1: return sha256(self.read(self.sources[0]))
-        parts = [sha256(self.read(name)) for name in self.sources] or [picture.path for picture in self.pictures] + [f"{caption.wav} {caption.image}" for caption in self.captions]
+        if len(self.sources) == 1:
+            return sha256(self.read(self.sources[0]))
+        parts = [sha256(self.read(name)) for name in self.sources] or [
+            picture.path for picture in self.pictures
+        ] + [f"{caption.wav} {caption.image}" for caption in self.captions]
         return sha256("\n".join(parts))
 
-    def __repr__(self): return f"Corpus {self.name}/{self.split}: {len(self.pictures)} pictures, {len(self.captions)} captions"
+    def __repr__(self):
+        return f"Corpus {self.name}/{self.split}: {len(self.pictures)} pictures, {len(self.captions)} captions"
 
 # %% ../nbs/02_corpora.ipynb #a5bf1531
 def find(name_or_path):
     "The Store of a shipped corpus, or of the user's own folder or archive. Raises InputError."
-    if str(name_or_path) not in ("scenes", "stamps"): return Store(name_or_path)
+    if str(name_or_path) not in ("scenes", "stamps"):
+        return Store(name_or_path)
     archive = data_dir() / f"{name_or_path}.zip"
     return Store(archive if archive.exists() else archive.with_suffix(""))
 
+
 def splits(store):
     "The names of the splits of a corpus: of its layout, or of the manifests at its top."
-    if detect(store): return layout_splits(store)
-    return [name[:-5] for name in store.names(deep=False) if name.endswith(".json") and name != "swap.json"]
+    if detect(store):
+        return layout_splits(store)
+    return [
+        name[:-5]
+        for name in store.names(deep=False)
+        if name.endswith(".json") and name != "swap.json"
+    ]
 
 # %% ../nbs/02_corpora.ipynb #086d4b97
-def load_corpus(name_or_path, split,  # "scenes", "stamps", or a folder or .zip in the common layout or in one of layouts.READERS; train, val, ...
-                on_error="raise",     # or "skip": leave out wrong entries, one line each in Corpus.skipped
-                complete=None):       # official counts that are not met: True raises InputError, None warns, False says nothing
+def load_corpus(
+    name_or_path,
+    split,  # "scenes", "stamps", or a folder or .zip in the common layout or in one of layouts.READERS; train, val, ...
+    on_error="raise",  # or "skip": leave out wrong entries, one line each in Corpus.skipped
+    complete=None,
+):  # official counts that are not met: True raises InputError, None warns, False says nothing
     "One split of a corpus. An entry that is wrong, or whose file is not there, raises InputError or is skipped."
     store, pictures, captions, skipped, seen = find(name_or_path), [], [], [], set()
     known, foreign, split = splits(store), detect(store), alias(store, split)
-    if not known: raise InputError(store.root, "has no manifest such as train.json at its top, and nothing of Flickr8k Audio (flickr_audio/wav2capt.txt), SpokenCOCO, Places Audio (metadata/) or SPEECH-COCO",
-                                   'describe it in one: {"data": [{"image": ..., "captions": [{"uttid": ..., "wav": ..., "text": ...}]}]}')
-    if split not in known: raise InputError(store.root, f"has no split {split!r}", f"choose from {', '.join(known)}")
+    if not known:
+        raise InputError(
+            store.root,
+            "has no manifest such as train.json at its top, and nothing of Flickr8k Audio (flickr_audio/wav2capt.txt), SpokenCOCO, Places Audio (metadata/) or SPEECH-COCO",
+            'describe it in one: {"data": [{"image": ..., "captions": [{"uttid": ..., "wav": ..., "text": ...}]}]}',
+        )
+    if split not in known:
+        raise InputError(store.root, f"has no split {split!r}", f"choose from {', '.join(known)}")
 
     @contextmanager
     def attempt():
-        try: yield
+        try:
+            yield
         except InputError as error:
-            if on_error == "raise": raise
+            if on_error == "raise":
+                raise
             skipped.append(str(error))
 
     def once(kind, value, where):
-        if (kind, value) in seen: raise InputError(where, f"the {kind} {value!r} occurs twice", "give each its own name, or remove one")
-        seen.add((kind, value)); return value
+        if (kind, value) in seen:
+            raise InputError(
+                where, f"the {kind} {value!r} occurs twice", "give each its own name, or remove one"
+            )
+        seen.add((kind, value))
+        return value
 
     def there(path, where):
-        fault = (store.listed if foreign else store.fault)(safe(path, where))  # of large corpora each folder is looked at once
-        if fault: raise InputError(f"{store.root}/{path}", f"{fault}, but {where.rsplit('/', 1)[-1]} names it", "restore the file or take its entry out")
+        fault = (store.listed if foreign else store.fault)(
+            safe(path, where)
+        )  # of large corpora each folder is looked at once
+        if fault:
+            raise InputError(
+                f"{store.root}/{path}",
+                f"{fault}, but {where.rsplit('/', 1)[-1]} names it",
+                "restore the file or take its entry out",
+            )
         return path
 
-    told = read_layout(store, split) if foreign else SplitList(manifest(store, f"{split}.json"), [f"{split}.json"])
+    told = (
+        read_layout(store, split)
+        if foreign
+        else SplitList(manifest(store, f"{split}.json"), [f"{split}.json"])
+    )
     for fault in told.faults:
-        with attempt(): raise fault
+        with attempt():
+            raise fault
     entries = told.entries
     for number, entry in enumerate(entries):
         where = entry["where"] if foreign else f"{store.root}/{split}.json entry {number}"
         with attempt():
-            path, spoken, concepts = typed(entry, "image", str, where), typed(entry, "captions", list, where, []), typed(entry, "concepts", list, where, [])
-            if not all(isinstance(concept, str) for concept in concepts): raise InputError(where, f"'concepts' is {concepts!r:.40}", "give a list of texts")
+            path, spoken, concepts = (
+                typed(entry, "image", str, where),
+                typed(entry, "captions", list, where, []),
+                typed(entry, "concepts", list, where, []),
+            )
+            if not all(isinstance(concept, str) for concept in concepts):
+                raise InputError(where, f"'concepts' is {concepts!r:.40}", "give a list of texts")
             named = "meaning" in entry
-            if named != (isinstance(entries[0], dict) and "meaning" in entries[0]): raise InputError(where, f"'meaning' is {'given' if named else 'missing'}, unlike in entry 0", "give one to every picture or to none")
+            if named != (isinstance(entries[0], dict) and "meaning" in entries[0]):
+                raise InputError(
+                    where,
+                    f"'meaning' is {'given' if named else 'missing'}, unlike in entry 0",
+                    "give one to every picture or to none",
+                )
             own = typed(entry, "meaning", int, where, number)
-            if own < 0: raise InputError(where, f"'meaning' is {own}", "give a whole number from 0 on")
-            picture = Picture(there(path, where), own, concepts, typed(entry, "scene", dict, where, None), typed(entry, "group", int, where, -1))
-            once("image", path, where); pictures.append(picture)
+            if own < 0:
+                raise InputError(where, f"'meaning' is {own}", "give a whole number from 0 on")
+            picture = Picture(
+                there(path, where),
+                own,
+                concepts,
+                typed(entry, "scene", dict, where, None),
+                typed(entry, "group", int, where, -1),
+            )
+            once("image", path, where)
+            pictures.append(picture)
             for one in spoken:
                 with attempt():
-                    uttid, wav, *facts = typed(one, "uttid", str, where), typed(one, "wav", str, where), *(typed(one, key, str, where, "") for key in ("text", "speaker", "language"))
-                    captions.append(Caption(once("uttid", uttid, where), there(wav, where), *facts, len(pictures) - 1))
-    short = [f"{there:,} of {wanted:,} {what}" for there, wanted, what in zip((len(pictures), len(captions)), told.expected, ("pictures", "captions")) if wanted not in (None, there)]
-    error = InputError(f"{store.root} {split}", f"holds {' and '.join(short)}", "restore what is missing, or report its results as those of a part") if short else None
-    if error and complete: raise error
-    if error and complete is None: warnings.warn(str(error))
-    return Corpus(store.root.stem, split, pictures, captions, store, skipped, told.sources, error and str(error))
+                    uttid, wav, *facts = (
+                        typed(one, "uttid", str, where),
+                        typed(one, "wav", str, where),
+                        *(
+                            typed(one, key, str, where, "")
+                            for key in ("text", "speaker", "language")
+                        ),
+                    )
+                    captions.append(
+                        Caption(
+                            once("uttid", uttid, where),
+                            there(wav, where),
+                            *facts,
+                            len(pictures) - 1,
+                        )
+                    )
+    short = [
+        f"{there:,} of {wanted:,} {what}"
+        for there, wanted, what in zip(
+            (len(pictures), len(captions)), told.expected, ("pictures", "captions")
+        )
+        if wanted not in (None, there)
+    ]
+    error = (
+        InputError(
+            f"{store.root} {split}",
+            f"holds {' and '.join(short)}",
+            "restore what is missing, or report its results as those of a part",
+        )
+        if short
+        else None
+    )
+    if error and complete:
+        raise error
+    if error and complete is None:
+        warnings.warn(str(error))
+    return Corpus(
+        store.root.stem,
+        split,
+        pictures,
+        captions,
+        store,
+        skipped,
+        told.sources,
+        error and str(error),
+    )
+
 
 def load_probe(name_or_path):
     'The swap probe of a corpus, [{"uttid", "image", "other", "kind"}, ...]; empty if it has none. Raises InputError.'
     store = find(name_or_path)
-    if store.fault("swap.json"): return []
-    return [{key: typed(pair, key, str, f"{store.root}/swap.json entry {number}") for key in ("uttid", "image", "other", "kind")}
-            for number, pair in enumerate(manifest(store, "swap.json"))]
+    if store.fault("swap.json"):
+        return []
+    return [
+        {
+            key: typed(pair, key, str, f"{store.root}/swap.json entry {number}")
+            for key in ("uttid", "image", "other", "kind")
+        }
+        for number, pair in enumerate(manifest(store, "swap.json"))
+    ]
+
 
 def picture_folder(path):
     "A gallery without captions: every picture in a folder or .zip and its subfolders. Raises InputError if there is none."
     store, kinds = Store(path), (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-    names = [name for name in store.names() if name.lower().endswith(kinds) and not store.fault(name)]
-    if not names: raise InputError(path, "holds no pictures", "give a folder with .png, .jpg or .webp files")
-    return Corpus(Path(path).stem, "pictures", [Picture(name, number) for number, name in enumerate(names)], [], store)
+    names = [
+        name for name in store.names() if name.lower().endswith(kinds) and not store.fault(name)
+    ]
+    if not names:
+        raise InputError(path, "holds no pictures", "give a folder with .png, .jpg or .webp files")
+    return Corpus(
+        Path(path).stem,
+        "pictures",
+        [Picture(name, number) for number, name in enumerate(names)],
+        [],
+        store,
+    )
 
 # %% ../nbs/02_corpora.ipynb #0d41e01f
 def check_corpus(name_or_path):
     "Read every file of every split; one line per problem, none if all is well. Raises InputError if there is no corpus at all."
     store, problems, known = find(name_or_path), [], {}
-    if not splits(store): load_corpus(store.root, "train")  # which says what it looked for
+    if not splits(store):
+        load_corpus(store.root, "train")  # which says what it looked for
 
     def attempt(read, *arguments, **options):
-        try: return read(*arguments, **options)
-        except InputError as error: problems.append(str(error))
+        try:
+            return read(*arguments, **options)
+        except InputError as error:
+            problems.append(str(error))
 
     for split in splits(store):
         corpus = attempt(load_corpus, store.root, split, on_error="skip", complete=False)
-        if corpus is None: continue
+        if corpus is None:
+            continue
         problems += corpus.skipped + [corpus.incomplete] * bool(corpus.incomplete)
-        known[split] = {caption.uttid for caption in corpus.captions} | {picture.path for picture in corpus.pictures}
-        for index in range(len(corpus.pictures)): attempt(corpus.load_picture, index)
+        known[split] = {caption.uttid for caption in corpus.captions} | {
+            picture.path for picture in corpus.pictures
+        }
+        for index in range(len(corpus.pictures)):
+            attempt(corpus.load_picture, index)
         for index, caption in enumerate(corpus.captions):
             wave = attempt(corpus.load_wave, index, strict=True)
-            if wave is not None and is_silent(wave): problems.append(str(InputError(caption.wav, "holds only silence", "record it again or remove it")))
+            if wave is not None and is_silent(wave):
+                problems.append(
+                    str(
+                        InputError(
+                            caption.wav, "holds only silence", "record it again or remove it"
+                        )
+                    )
+                )
     for number, pair in enumerate(attempt(load_probe, store.root) or []):
-        problems += [str(InputError(f"swap.json entry {number}", f"{pair[key]!r} is not in test.json", "name something that is"))
-                     for key in ("uttid", "image", "other") if pair[key] not in known.get("test", ())]
+        problems += [
+            str(
+                InputError(
+                    f"swap.json entry {number}",
+                    f"{pair[key]!r} is not in test.json",
+                    "name something that is",
+                )
+            )
+            for key in ("uttid", "image", "other")
+            if pair[key] not in known.get("test", ())
+        ]
     return list(dict.fromkeys(problems))  # a file that two splits use is told once
+
 
 def corpus_table(name_or_path, by=("language",)):
     "Pictures and captions per split, and per language, speaker or other attribute of Caption: a pandas table."
     import pandas as pd
+
     store = find(name_or_path)
-    rows = [{"split": split, **{key: getattr(caption, key) for key in by}, "pictures": caption.image, "captions": 1}
-            for split in splits(store) for caption in load_corpus(store.root, split, complete=False).captions]
-    return pd.DataFrame(rows).groupby(["split", *by], sort=False).agg({"pictures": "nunique", "captions": "sum"})
+    rows = [
+        {
+            "split": split,
+            **{key: getattr(caption, key) for key in by},
+            "pictures": caption.image,
+            "captions": 1,
+        }
+        for split in splits(store)
+        for caption in load_corpus(store.root, split, complete=False).captions
+    ]
+    return (
+        pd.DataFrame(rows)
+        .groupby(["split", *by], sort=False)
+        .agg({"pictures": "nunique", "captions": "sum"})
+    )

@@ -20,7 +20,10 @@ def shown(value, most: int = 6) -> str:
     if type(value) in (torch.Tensor, nn.Parameter):
         numbers = [f"{number:.4g}" for number in value.detach().double().flatten()[:most].tolist()]
         return f"[{', '.join(numbers)}{', ...' if value.numel() > most else ''}]"
-    plain = isinstance(value, (int, float, str, bool, list, tuple, dict, type(None))) or type(value).__name__ == "Remote"  # of the sandbox: says what it stands for
+    plain = (
+        isinstance(value, (int, float, str, bool, list, tuple, dict, type(None)))
+        or type(value).__name__ == "Remote"
+    )  # of the sandbox: says what it stands for
     return repr(value)[:200] if plain else f"a {type(value).__name__}"
 
 
@@ -41,14 +44,27 @@ class expect:
     @staticmethod
     def tensor(got, shape: tuple, what: str, dtype: torch.dtype | None = None) -> None:
         "A tensor of this shape (None = any length), without NaN."
-        if type(got) not in (torch.Tensor, nn.Parameter):  # exactly: a class of one's own could answer anything
-            raise AssertionError(f"{what}: should be a tensor of shape {tuple(shape)}, is {shown(got)}")
-        if len(got.shape) != len(shape) or any(want not in (None, have) for have, want in zip(got.shape, shape)):
-            raise AssertionError(f"{what}: the shape should be {tuple(shape)}, is {tuple(got.shape)}")
+        if type(got) not in (
+            torch.Tensor,
+            nn.Parameter,
+        ):  # exactly: a class of one's own could answer anything
+            raise AssertionError(
+                f"{what}: should be a tensor of shape {tuple(shape)}, is {shown(got)}"
+            )
+        if len(got.shape) != len(shape) or any(
+            want not in (None, have) for have, want in zip(got.shape, shape)
+        ):
+            raise AssertionError(
+                f"{what}: the shape should be {tuple(shape)}, is {tuple(got.shape)}"
+            )
         if dtype is not None and got.dtype != dtype:
-            raise AssertionError(f"{what}: the shape is right, the type is not: {got.dtype}, should be {dtype}")
+            raise AssertionError(
+                f"{what}: the shape is right, the type is not: {got.dtype}, should be {dtype}"
+            )
         if got.is_floating_point() and got.isnan().any():
-            raise AssertionError(f"{what}: the shape is right, but there is a NaN at {place(got.isnan().nonzero()[0].tolist())}")
+            raise AssertionError(
+                f"{what}: the shape is right, but there is a NaN at {place(got.isnan().nonzero()[0].tolist())}"
+            )
 
     @staticmethod
     def close(got, want, what: str, mistakes: dict | None = None, atol: float = 1e-5) -> None:
@@ -59,14 +75,20 @@ class expect:
             got, want = torch.as_tensor(got).reshape(()), torch.tensor(want)
         want = torch.as_tensor(want)
         expect.tensor(got, tuple(want.shape), what)
-        like = lambda other: torch.isclose(got.detach().double(), torch.as_tensor(other).detach().double(), rtol=1e-4, atol=atol)  # noqa: E731
+        like = lambda other: torch.isclose(
+            got.detach().double(), torch.as_tensor(other).detach().double(), rtol=1e-4, atol=atol
+        )  # noqa: E731
         same = like(want)
         if same.all():
             return
         index = (~same).nonzero()[0].tolist()
         where = f"at {place(index)} it is" if index else "it is"
         text = f"{what}: {'the shape is right, the values are not: ' if index else ''}{where} {got[tuple(index)]:.5g}, should be {want[tuple(index)]:.5g}"
-        known = [mistake for mistake, other in (mistakes or {}).items() if torch.as_tensor(other).shape == got.shape and like(other).all()]
+        known = [
+            mistake
+            for mistake, other in (mistakes or {}).items()
+            if torch.as_tensor(other).shape == got.shape and like(other).all()
+        ]
         raise AssertionError(f"{text}. {known[0]}" if known else text)
 
     @staticmethod
@@ -75,9 +97,13 @@ class expect:
         expect.tensor(got, (None, None), what)
         sums = got.detach().double().sum(1)
         wrong = ((sums - 1).abs() > 1e-4).nonzero()
-        expect.true(bool((got >= 0).all()), f"{what}: the shape is right, but a probability is negative")
+        expect.true(
+            bool((got >= 0).all()), f"{what}: the shape is right, but a probability is negative"
+        )
         if len(wrong):
-            raise AssertionError(f"{what}: the shape is right, rows do not sum to 1: row {int(wrong[0])} sums to {float(sums[wrong[0]]):.4g}")
+            raise AssertionError(
+                f"{what}: the shape is right, rows do not sum to 1: row {int(wrong[0])} sums to {float(sums[wrong[0]]):.4g}"
+            )
 
     @staticmethod
     def raises(error: type, what: str, function, *arguments, **options) -> None:
@@ -87,7 +113,9 @@ class expect:
         except error:
             return
         except Exception as other:
-            raise AssertionError(f"{what}: should raise {error.__name__}, raises {type(other).__name__}: {other}") from None
+            raise AssertionError(
+                f"{what}: should raise {error.__name__}, raises {type(other).__name__}: {other}"
+            ) from None
         raise AssertionError(f"{what}: should raise {error.__name__}, is accepted")
 
 # %% ../nbs/18_course.ipynb #351e6b56
@@ -95,12 +123,23 @@ def gradients(
     function,  # called with the arguments
     *arguments,
     **options,
-) -> list[torch.Tensor]:  # of each tensor among the arguments that requires one, in order; zeros where none arrives
+) -> list[
+    torch.Tensor
+]:  # of each tensor among the arguments that requires one, in order; zeros where none arrives
     "Gradients of what a function returns: of its `.loss` if it has one, of the sum of a tensor otherwise. TypeError if it returns neither."
-    if elsewhere := getattr(type(function), "gradients", None):  # a function in a sandbox computes them there
+    if elsewhere := getattr(
+        type(function), "gradients", None
+    ):  # a function in a sandbox computes them there
         return elsewhere(function, *arguments, **options)
-    wanted = [one.detach().clone().requires_grad_() if torch.is_tensor(one) and one.requires_grad else None for one in arguments]
-    found = function(*[one if copy is None else copy for one, copy in zip(arguments, wanted)], **options)
+    wanted = [
+        one.detach().clone().requires_grad_()
+        if torch.is_tensor(one) and one.requires_grad
+        else None
+        for one in arguments
+    ]
+    found = function(
+        *[one if copy is None else copy for one, copy in zip(arguments, wanted)], **options
+    )
     total = getattr(found, "loss", found)
     if not torch.is_tensor(total):
         raise TypeError(f"gradients: got {shown(found)}, which is neither a tensor nor has a .loss")
@@ -139,7 +178,9 @@ def _assignment(name: str) -> tuple[str, dict]:
     for key, one in catalogue().items():
         if name == key or name in one["names"]:
             return key, one
-    raise KeyError(f"check: no assignment or function is called {name!r}; there are {', '.join(catalogue())}")
+    raise KeyError(
+        f"check: no assignment or function is called {name!r}; there are {', '.join(catalogue())}"
+    )
 
 # %% ../nbs/18_course.ipynb #6431ec2d
 def check(
@@ -154,11 +195,18 @@ def check(
         given = getattr(thing, "__name__", "").removeprefix("my_")
         named[given if given in names else name if name in names else names[-1]] = thing
     if strange := set(named) - set(names):
-        raise KeyError(f"check: {key} asks for {', '.join(names)}, not for {', '.join(sorted(strange))}")
+        raise KeyError(
+            f"check: {key} asks for {', '.join(names)}, not for {', '.join(sorted(strange))}"
+        )
     space = vars(import_module(f"{__package__}.{one['module']}")) | named
     about = set(named) or ({name} & set(names))
     for test in one["checks"]:
         if about and not about & set(test["uses"]):
             continue
-        wrong = run_check(test["source"], {key: value for key, value in space.items() if not key.startswith("__")})
-        print(f"{'not yet' if wrong else 'right  '}  {test['points']:g} point{'s' * (test['points'] != 1)}  {test['title']}" + (f"\n         {wrong}" if wrong else ""))
+        wrong = run_check(
+            test["source"], {key: value for key, value in space.items() if not key.startswith("__")}
+        )
+        print(
+            f"{'not yet' if wrong else 'right  '}  {test['points']:g} point{'s' * (test['points'] != 1)}  {test['title']}"
+            + (f"\n         {wrong}" if wrong else "")
+        )

@@ -17,167 +17,354 @@ import torch
 from .core import InputError, atomic_write, memory_limit
 
 # %% ../nbs/01_data.ipynb #fb26064b
-SAMPLE_RATE, MAX_SAMPLES = 16_000, 2**26  # samples a second, everywhere; more of them, over all channels, are not read at one go
+SAMPLE_RATE, MAX_SAMPLES = (
+    16_000,
+    2**26,
+)  # samples a second, everywhere; more of them, over all channels, are not read at one go
 
-def decode_audio(data, name,                       # the bytes of a WAV, FLAC, Ogg or MP3 file, and what to call it in messages
-                 max_seconds=None, strict=False):  # keep this much from the start; refuse a file that ends before its header says
+
+def decode_audio(
+    data,
+    name,  # the bytes of a WAV, FLAC, Ogg or MP3 file, and what to call it in messages
+    max_seconds=None,
+    strict=False,
+):  # keep this much from the start; refuse a file that ends before its header says
     "(n,) float32 in [-1, 1], mono, 16 kHz. Raises InputError for bytes that hold no usable sound; silence is sound."
     import soundfile, soxr  # here, because most programs that import this module never decode
-    if not data: raise InputError(name, "is empty", "record or copy it again")
+
+    if not data:
+        raise InputError(name, "is empty", "record or copy it again")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, cut = file.samplerate, re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # a WAV cut off
-            if not 1_000 <= rate <= 768_000: raise InputError(name, f"claims {rate} samples a second", "convert it to 16 kHz")
-            keep = file.frames if max_seconds is None else min(file.frames, int(np.ceil(max_seconds * rate)))
-            if keep * file.channels > MAX_SAMPLES: raise InputError(name, f"promises {keep:,} samples in {file.channels} channels", "cut it into shorter recordings")
-            wave = file.read(keep, dtype="float32", always_2d=True)  # (n, channels); five hours of sound must not fill the memory
+            rate, cut = (
+                file.samplerate,
+                re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info),
+            )  # a WAV cut off
+            if not 1_000 <= rate <= 768_000:
+                raise InputError(name, f"claims {rate} samples a second", "convert it to 16 kHz")
+            keep = (
+                file.frames
+                if max_seconds is None
+                else min(file.frames, int(np.ceil(max_seconds * rate)))
+            )
+            if keep * file.channels > MAX_SAMPLES:
+                raise InputError(
+                    name,
+                    f"promises {keep:,} samples in {file.channels} channels",
+                    "cut it into shorter recordings",
+                )
+            wave = file.read(
+                keep, dtype="float32", always_2d=True
+            )  # (n, channels); five hours of sound must not fill the memory
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise InputError(name, f"cannot be decoded as sound ({getattr(error, 'error_string', error)})", "convert it to WAV, FLAC or Ogg, or remove it") from None
-    if strict and (len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00):  # above: recorders that stream, no promise
+        raise InputError(
+            name,
+            f"cannot be decoded as sound ({getattr(error, 'error_string', error)})",
+            "convert it to WAV, FLAC or Ogg, or remove it",
+        ) from None
+    if strict and (
+        len(wave) < keep or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00
+    ):  # above: recorders that stream, no promise
         raise InputError(name, "ends before its header says", "copy it again")
-    if not np.isfinite(wave).all(): raise InputError(name, "holds NaN or infinite samples", "export it again as 16-bit WAV")
-    wave = (wave / np.abs(wave).max(initial=1)).mean(1)  # (n, channels) -> (n,); float files may exceed 1
-    if len(wave) and rate != SAMPLE_RATE: wave = soxr.resample(wave, rate, SAMPLE_RATE)
-    if max_seconds is not None: wave = wave[:int(max_seconds * SAMPLE_RATE)]
-    if not len(wave): raise InputError(name, "holds no samples", "record or copy it again")
-    return torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)).clamp_(-1, 1)  # resampling may overshoot a little
+    if not np.isfinite(wave).all():
+        raise InputError(name, "holds NaN or infinite samples", "export it again as 16-bit WAV")
+    wave = (wave / np.abs(wave).max(initial=1)).mean(
+        1
+    )  # (n, channels) -> (n,); float files may exceed 1
+    if len(wave) and rate != SAMPLE_RATE:
+        wave = soxr.resample(wave, rate, SAMPLE_RATE)
+    if max_seconds is not None:
+        wave = wave[: int(max_seconds * SAMPLE_RATE)]
+    if not len(wave):
+        raise InputError(name, "holds no samples", "record or copy it again")
+    return torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)).clamp_(
+        -1, 1
+    )  # resampling may overshoot a little
+
 
 def is_silent(wave, threshold=1e-4):
     "Whether the root mean square of a wave (n,) is more than 80 dB under full scale: nothing that anyone could hear."
     return bool(wave.square().mean().sqrt() < threshold)
 
 # %% ../nbs/01_data.ipynb #59eb80da
-MAX_PIXELS, MAX_SIDE = 64_000_000, 1024  # a larger picture is a mistake or an attack; a decoded one is shrunk to this side
+MAX_PIXELS, MAX_SIDE = (
+    64_000_000,
+    1024,
+)  # a larger picture is a mistake or an attack; a decoded one is shrunk to this side
+
 
 def decode_image(data, name):
     "An 8-bit RGB PIL picture, upright, on white where it was transparent, at most 1024 pixels a side. Raises InputError."
     from PIL import Image, ImageOps
-    if not data: raise InputError(name, "is empty", "copy it again or remove it")
+
+    if not data:
+        raise InputError(name, "is empty", "copy it again or remove it")
     try:
-        with warnings.catch_warnings(action="ignore"):  # we judge the size ourselves, and broken EXIF is not worth a word
-            image = Image.open(io.BytesIO(data))        # reads the header only
-            if image.width * image.height > MAX_PIXELS: raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            image.draft("RGB", (MAX_SIDE, MAX_SIDE))    # lets a JPEG be decoded small at once; others ignore it
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # we judge the size ourselves, and broken EXIF is not worth a word
+            image = Image.open(io.BytesIO(data))  # reads the header only
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            image.draft(
+                "RGB", (MAX_SIDE, MAX_SIDE)
+            )  # lets a JPEG be decoded small at once; others ignore it
             image = to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # a broken file can raise almost anything inside PIL, from OSError to struct.error
-        told = {"UnidentifiedImageError": "is not a picture", "DecompressionBombError": f"is too large ({error}, at most {MAX_PIXELS // 10**6} million)"}
-        raise InputError(name, told.get(type(error).__name__, f"cannot be decoded as a picture ({error})"), "convert it to PNG or JPEG, or remove it") from None
+    except (
+        Exception
+    ) as error:  # a broken file can raise almost anything inside PIL, from OSError to struct.error
+        told = {
+            "UnidentifiedImageError": "is not a picture",
+            "DecompressionBombError": f"is too large ({error}, at most {MAX_PIXELS // 10**6} million)",
+        }
+        raise InputError(
+            name,
+            told.get(type(error).__name__, f"cannot be decoded as a picture ({error})"),
+            "convert it to PNG or JPEG, or remove it",
+        ) from None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
+
 
 def to_rgb(image):
     "A PIL picture of any mode as 8-bit RGB."
     from PIL import Image
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel: plain convert() would clip at 255, all white
+
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # 16 or 32 bits a pixel: plain convert() would clip at 255, all white
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255 if values.max() > 1 else 1
-        return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+        top = (
+            65535
+            if image.mode.startswith("I;16") or values.max() > 255
+            else 255
+            if values.max() > 1
+            else 1
+        )
+        return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert(
+            "RGB"
+        )
+    return Image.alpha_composite(
+        Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+    ).convert("RGB")
 
 # %% ../nbs/01_data.ipynb #88b25a01
 def sha256(data):
     "The fingerprint of bytes or of text, 64 hexadecimal digits."
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
+
 class FeatureCache:
     "Arrays computed once and kept as files, named by what went in. Safe with several processes, crashes and damaged disks."
-    def __init__(self, folder): self.folder = Path(folder)  # made when first needed
-    def path(self, key, params): return self.folder / sha256(params)[:16] / key[:2] / f"{key}.npz"
-    def get(self, key, params,  # fingerprint of the content, from sha256(); text with everything else that the result depends on
-            compute):           # () -> array, called when there is no intact file
+
+    def __init__(self, folder):
+        self.folder = Path(folder)  # made when first needed
+
+    def path(self, key, params):
+        return self.folder / sha256(params)[:16] / key[:2] / f"{key}.npz"
+
+    def get(
+        self,
+        key,
+        params,  # fingerprint of the content, from sha256(); text with everything else that the result depends on
+        compute,
+    ):  # () -> array, called when there is no intact file
         "The array for this content and these parameters. Raises InputError when the folder cannot be written."
         path, names = self.path(key, params), ("array.npy", "seal.npy")
-        def seal(array): return np.frombuffer(sha256(f"{key} {params} {array.dtype.str} {array.shape} {sha256(array.tobytes())}").encode(), np.uint8)
+
+        def seal(array):
+            return np.frombuffer(
+                sha256(
+                    f"{key} {params} {array.dtype.str} {array.shape} {sha256(array.tobytes())}"
+                ).encode(),
+                np.uint8,
+            )
+
         try:  # a whole member is read before NumPy sees it, because only then is its checksum compared; none is larger than the file
-            with zipfile.ZipFile(path) as file: array, kept = (np.load(io.BytesIO(file.read(one)), allow_pickle=False) for one in names if file.getinfo(one).file_size < path.stat().st_size)
-            if np.array_equal(kept, seal(array)): return array
-        except Exception: pass  # not there, or damaged in one of a dozen ways: make it anew
+            with zipfile.ZipFile(path) as file:
+                array, kept = (
+                    np.load(io.BytesIO(file.read(one)), allow_pickle=False)
+                    for one in names
+                    if file.getinfo(one).file_size < path.stat().st_size
+                )
+            if np.array_equal(kept, seal(array)):
+                return array
+        except Exception:
+            pass  # not there, or damaged in one of a dozen ways: make it anew
         array = np.asarray(compute())
-        if array.dtype.kind not in "fiub": raise TypeError(f"a feature array holds numbers, not {array.dtype}")
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"a feature array holds numbers, not {array.dtype}")
         try:  # two processes may both come here: they write the same, and the last one stays
-            with atomic_write(path, sync=False) as file: np.savez(file, array=array, seal=seal(array))
-        except OSError as error: raise InputError(path, f"cannot be written ({error.strerror})", "make room or set SPEECHIMG_CACHE") from None
+            with atomic_write(path, sync=False) as file:
+                np.savez(file, array=array, seal=seal(array))
+        except OSError as error:
+            raise InputError(
+                path, f"cannot be written ({error.strerror})", "make room or set SPEECHIMG_CACHE"
+            ) from None
         return array
 
 # %% ../nbs/01_data.ipynb #da732e3f
 class Arrays:
     "The features of some files: in memory while there is room, the others read from the cache again whenever they are asked for."
+
     def __init__(self, cache, params):
         self.cache, self.params = cache, params
         self.held, self.lengths = [], []  # an array, or the key of one in the cache; its length
-    def __len__(self): return len(self.held)
+
+    def __len__(self):
+        return len(self.held)
+
     def __getitem__(self, place):
         one = self.held[place]
         return self.cache.get(one, self.params, self.gone) if isinstance(one, str) else one
-    def gone(self): raise InputError(self.cache.folder, "has lost features of this corpus", "start again, and they are computed anew")
+
+    def gone(self):
+        raise InputError(
+            self.cache.folder,
+            "has lost features of this corpus",
+            "start again, and they are computed anew",
+        )
+
 
 class Features:
     "All features of a corpus, decoded, then computed or loaded from the cache. Raises InputError for unreadable files."
-    def __init__(self, corpus,                       # has .captions, .pictures, .read(path) -> bytes
-                 speech_front_end, image_front_end,  # have .params; wave (n,) -> (T, F); PIL picture -> array of one shape
-                 cache, max_seconds=20.,
-                 on_error="raise",               # "skip": leave out what cannot be read, one line each in .skipped
-                 progress=True, memory=None):    # show a bar; bytes to keep in memory, None = memory_limit()
-        if on_error not in ("raise", "skip"): raise InputError("on_error", f"{on_error!r} is not one of the choices", "choose from raise, skip")
-        self.cache, self.on_error, self.progress, self.skipped = cache, on_error, progress, list(getattr(corpus, "skipped", []))
+
+    def __init__(
+        self,
+        corpus,  # has .captions, .pictures, .read(path) -> bytes
+        speech_front_end,
+        image_front_end,  # have .params; wave (n,) -> (T, F); PIL picture -> array of one shape
+        cache,
+        max_seconds=20.0,
+        on_error="raise",  # "skip": leave out what cannot be read, one line each in .skipped
+        progress=True,
+        memory=None,
+    ):  # show a bar; bytes to keep in memory, None = memory_limit()
+        if on_error not in ("raise", "skip"):
+            raise InputError(
+                "on_error", f"{on_error!r} is not one of the choices", "choose from raise, skip"
+            )
+        self.cache, self.on_error, self.progress, self.skipped = (
+            cache,
+            on_error,
+            progress,
+            list(getattr(corpus, "skipped", [])),
+        )
         self.room = memory_limit() if memory is None else memory
-        self.image, self.pictures = self.load(corpus, [picture.path for picture in corpus.pictures], image_front_end, "decode_image 1", decode_image)
-        place = {picture: index for index, picture in enumerate(self.pictures)}  # place in the corpus -> place in self.image
+        self.image, self.pictures = self.load(
+            corpus,
+            [picture.path for picture in corpus.pictures],
+            image_front_end,
+            "decode_image 1",
+            decode_image,
+        )
+        place = {
+            picture: index for index, picture in enumerate(self.pictures)
+        }  # place in the corpus -> place in self.image
         wanted = [index for index, caption in enumerate(corpus.captions) if caption.image in place]
-        self.speech, kept = self.load(corpus, [corpus.captions[index].wav for index in wanted], speech_front_end,
-                                      f"decode_audio 1 max_seconds={max_seconds}", lambda data, name: decode_audio(data, name, max_seconds))
-        self.captions = [wanted[index] for index in kept]                        # their places in the corpus
-        if not self.image or corpus.captions and not self.captions: raise InputError(corpus.root, "holds nothing readable", "list its problems with speechimg check")
+        self.speech, kept = self.load(
+            corpus,
+            [corpus.captions[index].wav for index in wanted],
+            speech_front_end,
+            f"decode_audio 1 max_seconds={max_seconds}",
+            lambda data, name: decode_audio(data, name, max_seconds),
+        )
+        self.captions = [wanted[index] for index in kept]  # their places in the corpus
+        if not self.image or corpus.captions and not self.captions:
+            raise InputError(
+                corpus.root, "holds nothing readable", "list its problems with speechimg check"
+            )
         self.uttids = [corpus.captions[index].uttid for index in self.captions]
         self.lengths = np.array(self.speech.lengths, dtype=np.int64)
-        facts = [(place[i], corpus.pictures[i].id, corpus.pictures[i].group, level(corpus.pictures[i])) for i in (corpus.captions[index].image for index in self.captions)]
+        facts = [
+            (place[i], corpus.pictures[i].id, corpus.pictures[i].group, level(corpus.pictures[i]))
+            for i in (corpus.captions[index].image for index in self.captions)
+        ]
         # (n_captions,) each: place in self.image; image id; siblings share a number, -1 = none; objects in the scene, 0 = unknown
-        self.image_of, self.ids, self.groups, self.levels = torch.tensor(facts, dtype=torch.long).view(-1, 4).T.contiguous()
+        self.image_of, self.ids, self.groups, self.levels = (
+            torch.tensor(facts, dtype=torch.long).view(-1, 4).T.contiguous()
+        )
+
     def load(self, corpus, paths, front_end, decoding, decode):
         "The arrays of these files, and the places in paths of those that could be had."
         from tqdm.auto import tqdm
+
         params = f"{getattr(front_end, 'params', '')}; {decoding}"
         arrays, kept = Arrays(self.cache, params), []
-        for index, path in enumerate(tqdm(paths, desc=params.split()[0], leave=False, delay=5, disable=not self.progress)):
+        for index, path in enumerate(
+            tqdm(paths, desc=params.split()[0], leave=False, delay=5, disable=not self.progress)
+        ):
             try:
                 data = corpus.read(path)
                 key = sha256(data)
                 array = self.cache.get(key, params, lambda: front_end(decode(data, path)))
-                if not len(array): raise InputError(path, "is too short for a single frame", "record it again or remove it")
+                if not len(array):
+                    raise InputError(
+                        path, "is too short for a single frame", "record it again or remove it"
+                    )
                 self.room -= array.nbytes
-                arrays.held.append(array if self.room >= 0 else key)           # once full, the rest stays on the disk
-                arrays.lengths.append(len(array)); kept.append(index)
+                arrays.held.append(
+                    array if self.room >= 0 else key
+                )  # once full, the rest stays on the disk
+                arrays.lengths.append(len(array))
+                kept.append(index)
             except InputError as error:
-                if self.on_error == "raise": raise
+                if self.on_error == "raise":
+                    raise
                 self.skipped.append(str(error))
         return arrays, kept
-    def __len__(self): return len(self.speech)
+
+    def __len__(self):
+        return len(self.speech)
+
 
 def level(picture):
     "How many things a picture shows, by its .scene or else its .concepts; 0 when nobody said."
-    count = (picture.scene or {}).get("relation")    # a number in "three bees" and "three bees and a cow", a word in "a bee above a cow"
+    count = (picture.scene or {}).get(
+        "relation"
+    )  # a number in "three bees" and "three bees and a cow", a word in "a bee above a cow"
     return len(picture.concepts) + (count - 1 if isinstance(count, int) else 0)
 
 # %% ../nbs/01_data.ipynb #23788bcf
 @dataclass
 class Batch:
     "Some pairs, padded to one length. Whoever lets frames beyond speech_lengths matter has made a mistake."
-    speech: torch.Tensor          # (B, T, F) float32, zero behind the valid length
+
+    speech: torch.Tensor  # (B, T, F) float32, zero behind the valid length
     speech_lengths: torch.Tensor  # (B,) int64, frames
-    image: torch.Tensor           # (B, ...) float32; pixels in [0, 1]
-    ids: torch.Tensor             # (B,) int64, one number per image
-    uttids: list                  # (B,) names of the recordings
-    def to(self, device): return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
+    image: torch.Tensor  # (B, ...) float32; pixels in [0, 1]
+    ids: torch.Tensor  # (B,) int64, one number per image
+    uttids: list  # (B,) names of the recordings
+
+    def to(self, device):
+        return replace(
+            self,
+            **{
+                name: value.to(device)
+                for name, value in vars(self).items()
+                if torch.is_tensor(value)
+            },
+        )
+
 
 def collate(features, indices):
     "The captions at these places of a Features, with their pictures, as one Batch."
     frames = [features.speech[index] for index in indices]
-    speech = np.zeros((len(frames), max(map(len, frames)), frames[0].shape[1]), np.float32)  # (B, T, F)
-    for row, one in zip(speech, frames): row[:len(one)] = one
+    speech = np.zeros(
+        (len(frames), max(map(len, frames)), frames[0].shape[1]), np.float32
+    )  # (B, T, F)
+    for row, one in zip(speech, frames):
+        row[: len(one)] = one
     image = np.stack([features.image[place] for place in features.image_of[indices].tolist()])
-    image = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)               # (B, ...)
-    return Batch(torch.from_numpy(speech), torch.tensor([len(one) for one in frames]), torch.from_numpy(image),
-                 features.ids[indices], [features.uttids[index] for index in indices])
+    image = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)  # (B, ...)
+    return Batch(
+        torch.from_numpy(speech),
+        torch.tensor([len(one) for one in frames]),
+        torch.from_numpy(image),
+        features.ids[indices],
+        [features.uttids[index] for index in indices],
+    )
+
 
 def speech_mask(lengths, T):
     "(B, T) bool, True = valid, for lengths (B,) padded to T frames."

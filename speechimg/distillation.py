@@ -17,7 +17,9 @@ def alpha_ramp(
 ) -> float:
     "Weight of the teacher: 0 at step 0, growing linearly, `alpha` from `ramp_steps` on."
     if step < 0 or ramp_steps < 0 or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha_ramp: need step >= 0, ramp_steps >= 0, alpha in [0, 1]; got {step}, {ramp_steps}, {alpha}")
+        raise ValueError(
+            f"alpha_ramp: need step >= 0, ramp_steps >= 0, alpha in [0, 1]; got {step}, {ramp_steps}, {alpha}"
+        )
     return float(alpha) if step >= ramp_steps else alpha * step / ramp_steps
 
 # %% ../nbs/10_distillation.ipynb #b977a219
@@ -30,7 +32,9 @@ def soft_targets(
 ) -> torch.Tensor:  # (B, N) float32, rows sum to 1, no gradient
     "Mix q = alpha softmax(teacher) + (1 - alpha) y (ALBEF eq. 6)."
     if teacher_logits.shape != targets.shape:
-        raise ValueError(f"soft_targets: teacher logits are {tuple(teacher_logits.shape)}, targets {tuple(targets.shape)}")
+        raise ValueError(
+            f"soft_targets: teacher logits are {tuple(teacher_logits.shape)}, targets {tuple(targets.shape)}"
+        )
     if not 0 <= alpha <= 1:
         raise ValueError(f"soft_targets: alpha must lie in [0, 1], got {alpha}")
     targets = targets.detach().float()

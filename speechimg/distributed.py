@@ -23,6 +23,7 @@ from .core import InputError
 # %% ../nbs/10b_distributed.ipynb #b3b5d333
 class World(NamedTuple):
     "This process among all of them."
+
     rank: int  # 0 .. size - 1; 0 writes the files
     size: int  # how many processes there are
 
@@ -33,22 +34,42 @@ def world():
 
 # %% ../nbs/10b_distributed.ipynb #dd90471c
 def _lost(reason):
-    return InputError("several processes", f"another process has ended ({reason})", "its own message is above; go on from the newest checkpoint with --resume")
+    return InputError(
+        "several processes",
+        f"another process has ended ({reason})",
+        "its own message is above; go on from the newest checkpoint with --resume",
+    )
 
 
 @contextmanager
-def processes(hours=48):  # how long the others may wait for one: it evaluates, or computes the features of a large corpus
+def processes(
+    hours=48,
+):  # how long the others may wait for one: it evaluates, or computes the features of a large corpus
     "Join the processes that torchrun started, if it did; yields World. Raises InputError when another process is lost."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield World(0, 1); return
-    def stopped(number, frame): raise _lost("asked to stop")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World(0, 1)
+        return
+
+    def stopped(number, frame):
+        raise _lost("asked to stop")
+
     import torch.distributed.nn.functional  # before there is a group: its functions would keep the one they find as a default, for ever
+
     before = signal.signal(signal.SIGTERM, stopped)
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=hours))
-    try: yield world()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=hours)
+    )
+    try:
+        yield world()
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection", "peer")):
-            before = signal.SIG_IGN  # torchrun will ask to stop what is stopping; the last words come first
+        if isinstance(error, dist.DistError) or any(
+            word in str(error) for word in ("gloo", "NCCL", "onnection", "peer")
+        ):
+            before = (
+                signal.SIG_IGN
+            )  # torchrun will ask to stop what is stopping; the last words come first
             raise _lost(str(error).splitlines()[0][:120]) from None
         raise
     finally:
@@ -60,25 +81,33 @@ def processes(hours=48):  # how long the others may wait for one: it evaluates, 
 @contextmanager
 def zero_first():
     "Rank 0 goes through the block before the others enter it: what can be computed once and kept, 0 computes."
-    if world().size > 1 and world().rank: dist.barrier()
+    if world().size > 1 and world().rank:
+        dist.barrier()
     yield
-    if world().size > 1 and not world().rank: dist.barrier()
+    if world().size > 1 and not world().rank:
+        dist.barrier()
 
 # %% ../nbs/10b_distributed.ipynb #010da275
 def row_counts(n, device):  # rows that I have
     "How many rows each process has, in the order of their ranks."
-    if world().size == 1: return [n]
+    if world().size == 1:
+        return [n]
     counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world().size)]
     dist.all_gather(counts, torch.tensor([n], device=device))
     return torch.cat(counts).tolist()
 
 
-def all_rows(x, counts=None):  # (n, ...), n may differ between processes; row_counts(n) if it is known
+def all_rows(
+    x, counts=None
+):  # (n, ...), n may differ between processes; row_counts(n) if it is known
     "(sum of n, ...): the rows of all processes, in the order of their ranks. No gradient."
-    if world().size == 1: return x.detach()
+    if world().size == 1:
+        return x.detach()
     counts = counts or row_counts(len(x), x.device)
-    sent = (x.to(torch.uint8) if x.dtype == torch.bool else x.detach()).contiguous()                    # not every backend sends bool
-    sent = pad(sent, (0, 0) * (x.dim() - 1) + (0, max(counts) - len(x)))                                # (n, ...) -> (max n, ...)
+    sent = (
+        x.to(torch.uint8) if x.dtype == torch.bool else x.detach()
+    ).contiguous()  # not every backend sends bool
+    sent = pad(sent, (0, 0) * (x.dim() - 1) + (0, max(counts) - len(x)))  # (n, ...) -> (max n, ...)
     parts = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(parts, sent)
     return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(x.dtype)
@@ -106,7 +135,8 @@ def all_rows_with_gradient(x, counts=None):  # as in all_rows
 
 def longest(T, device):  # tokens that I have
     "The largest T of all processes: tokens can only be collected when they are equally long."
-    if world().size == 1: return T
+    if world().size == 1:
+        return T
     most = torch.tensor(T, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
@@ -114,7 +144,8 @@ def longest(T, device):  # tokens that I have
 
 def sum_over_all(number, device):  # of anything, on this process
     "The sum over all processes."
-    if world().size == 1: return number
+    if world().size == 1:
+        return number
     all_of_them = torch.tensor(float(number), device=device)
     dist.all_reduce(all_of_them)
     return all_of_them.item()
@@ -124,4 +155,6 @@ def sum_over_all(number, device):  # of anything, on this process
 def average(tensors):  # changed in place; floating point ones only
     "Replace each tensor by its mean over all processes."
     for tensor in tensors if world().size > 1 else ():
-        if tensor.is_floating_point(): dist.all_reduce(tensor); tensor /= world().size
+        if tensor.is_floating_point():
+            dist.all_reduce(tensor)
+            tensor /= world().size

@@ -24,22 +24,33 @@ from .queue import EmbeddingQueue, make_teacher, update_momentum
 from .sic import id_targets, sic_loss
 
 # %% ../nbs/14_explore.ipynb #3bef89da
-def sheet(width, height,  # inches
-          rows=1, columns=1, **ratios):
+def sheet(
+    width,
+    height,  # inches
+    rows=1,
+    columns=1,
+    **ratios,
+):
     "A Figure in the project's look, and its axes (rows, columns)."
     from matplotlib.figure import Figure  # not pyplot: needs no screen, leaves no window behind
+
     set_theme()
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_png_ = lambda: png(figure)  # a notebook shows it even where pyplot was never asked for
+    figure._repr_png_ = lambda: png(
+        figure
+    )  # a notebook shows it even where pyplot was never asked for
     return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=ratios)
 
 
 def png(figure):
     "Its bytes, with a palette of 128 colours: a third of the size."
     from PIL import Image
+
     buffer, small = BytesIO(), BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )
     return small.getvalue()
 
 # %% ../nbs/14_explore.ipynb #478ac527
@@ -48,41 +59,61 @@ class Explorer:
 
     def __init__(self, function, hear, live, controls):  # as in explore
         import ipywidgets
+
         self.function, self.hear = function, hear
         defaults = {name: one.default for name, one in signature(function).parameters.items()}
         make = ipywidgets.interactive.widget_from_abbrev
-        self.controls = {name: make(one, defaults.get(name, signature(function).empty)) for name, one in controls.items()}
-        self.picture, self.sound, self.message = ipywidgets.Image(format="png"), ipywidgets.HTML(), ipywidgets.HTML()
+        self.controls = {
+            name: make(one, defaults.get(name, signature(function).empty))
+            for name, one in controls.items()
+        }
+        self.picture, self.sound, self.message = (
+            ipywidgets.Image(format="png"),
+            ipywidgets.HTML(),
+            ipywidgets.HTML(),
+        )
         for name, one in self.controls.items():
             one.description, one.style.description_width = name.replace("_", " "), "130px"
             one.layout.width = "420px"
-            if hasattr(one, "continuous_update"): one.continuous_update = live
+            if hasattr(one, "continuous_update"):
+                one.continuous_update = live
             one.observe(self.moved, names="value")
             one.add_class(f"speechimg-{name}")
-        for part, name in ((self.picture, "picture"), (self.message, "message")): part.add_class(f"speechimg-{name}")
+        for part, name in ((self.picture, "picture"), (self.message, "message")):
+            part.add_class(f"speechimg-{name}")
         self.picture.layout.max_width, self.picture.layout.object_fit = "100%", "contain"
         self.draw()
-        self.box = ipywidgets.VBox([*self.controls.values(), self.message, self.picture, self.sound]).add_class("speechimg-explorer")
+        self.box = ipywidgets.VBox(
+            [*self.controls.values(), self.message, self.picture, self.sound]
+        ).add_class("speechimg-explorer")
 
     def draw(self):
         "Draw for the present values."
         values = {name: one.value for name, one in self.controls.items()}
         self.figure = self.function(**values)
-        self.picture.value, self.sound.value = png(self.figure), self.hear(**values) if self.hear else ""
+        self.picture.value, self.sound.value = (
+            png(self.figure),
+            self.hear(**values) if self.hear else "",
+        )
 
     def moved(self, _):
         "A value that cannot be drawn says why, in place of a traceback; the last drawing stays."
-        try: self.draw(); self.message.value = ""
-        except ValueError as error: self.message.value = escape(str(error))
+        try:
+            self.draw()
+            self.message.value = ""
+        except ValueError as error:
+            self.message.value = escape(str(error))
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {**self.box._repr_mimebundle_(), "image/png": b64encode(self.picture.value).decode()}
 
 
-def explore(function,    # draws: named values -> Figure
-            hear=None,   # the same values -> HTML shown below, with sounds
-            live=True,   # draw while a slider moves; False, for slow ones: when it is let go
-            **controls): # (low, high, step), a list of choices, True or False, or a widget
+def explore(
+    function,  # draws: named values -> Figure
+    hear=None,  # the same values -> HTML shown below, with sounds
+    live=True,  # draw while a slider moves; False, for slow ones: when it is let go
+    **controls,
+):  # (low, high, step), a list of choices, True or False, or a widget
     "Sliders that call a function; they start at its defaults."
     return Explorer(function, hear, live, controls)
 
@@ -91,14 +122,19 @@ def explore(function,    # draws: named values -> Figure
 def mel_transform(window, hop):  # samples
     "speech.mel_power for any window and hop."
     import torchaudio
+
     size = max(512, 2 ** (window - 1).bit_length())
-    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=size, win_length=window, hop_length=hop, n_mels=64, pad_mode="constant")
+    return torchaudio.transforms.MelSpectrogram(
+        SAMPLE_RATE, n_fft=size, win_length=window, hop_length=hop, n_mels=64, pad_mode="constant"
+    )
 
 
 def log_mel(wave, window_ms=25, hop_ms=10):  # (n,) at 16 kHz
     "(64, T) decibels below the loudest point, at least -80; silence is -80 everywhere."
-    power = mel_transform(*(round(SAMPLE_RATE * one / 1000) for one in (window_ms, hop_ms)))(wave if len(wave) else wave.new_zeros(1))
-    return (10 * (power / power.max().clamp(min=1e-4)).clamp(min=1e-8).log10())
+    power = mel_transform(*(round(SAMPLE_RATE * one / 1000) for one in (window_ms, hop_ms)))(
+        wave if len(wave) else wave.new_zeros(1)
+    )
+    return 10 * (power / power.max().clamp(min=1e-4)).clamp(min=1e-8).log10()
 
 
 def mean_of_eight(frames):  # (T, 64)
@@ -106,29 +142,68 @@ def mean_of_eight(frames):  # (T, 64)
     return F.avg_pool1d(frames.T[None], 8, ceil_mode=True)[0].T
 
 
-def show_spectrogram(wave, window_ms=25, hop_ms=10, reader=mean_of_eight, max_seconds=20.):  # (n,); frames (T, 64) -> tokens (n, w)
+def show_spectrogram(
+    wave, window_ms=25, hop_ms=10, reader=mean_of_eight, max_seconds=20.0
+):  # (n,); frames (T, 64) -> tokens (n, w)
     "The wave with one window marked, its log-mel, and the tokens made of that."
     import seaborn as sns
-    whole, wave = len(wave) / SAMPLE_RATE, torch.as_tensor(wave).float()[: int(max_seconds * SAMPLE_RATE)]
+
+    whole, wave = (
+        len(wave) / SAMPLE_RATE,
+        torch.as_tensor(wave).float()[: int(max_seconds * SAMPLE_RATE)],
+    )
     loud, seconds = log_mel(wave, window_ms, hop_ms), max(len(wave), 1) / SAMPLE_RATE
-    x = (loud - loud.mean(1, keepdim=True)).T * np.log(10) / 10                       # (T, 64) natural logarithm, as LogMel
-    with torch.no_grad(): tokens = reader(x / (x.square().mean().sqrt() + 1e-2))
-    tokens = tokens[:, tokens.argmax(0).argsort()]                                    # (n, w) features that peak early come first
+    x = (
+        (loud - loud.mean(1, keepdim=True)).T * np.log(10) / 10
+    )  # (T, 64) natural logarithm, as LogMel
+    with torch.no_grad():
+        tokens = reader(x / (x.square().mean().sqrt() + 1e-2))
+    tokens = tokens[:, tokens.argmax(0).argsort()]  # (n, w) features that peak early come first
     figure, axes = sheet(9, 5.4, 3, 1, height_ratios=[1, 2, 1.6])
-    bins = np.array_split(np.append(wave.numpy(), 0), 800 if len(wave) > 800 else 1)  # highest and lowest of each: quick, whatever the length
+    bins = np.array_split(
+        np.append(wave.numpy(), 0), 800 if len(wave) > 800 else 1
+    )  # highest and lowest of each: quick, whatever the length
     at = np.linspace(0, seconds, len(bins))
-    axes[0, 0].fill_between(at, [one.min() for one in bins], [one.max() for one in bins], color=sns.color_palette()[0], linewidth=.5)
-    start = max(0, int(np.argmax(np.abs(wave.numpy()))) / SAMPLE_RATE - window_ms / 2000) if len(wave) else 0
+    axes[0, 0].fill_between(
+        at,
+        [one.min() for one in bins],
+        [one.max() for one in bins],
+        color=sns.color_palette()[0],
+        linewidth=0.5,
+    )
+    start = (
+        max(0, int(np.argmax(np.abs(wave.numpy()))) / SAMPLE_RATE - window_ms / 2000)
+        if len(wave)
+        else 0
+    )
     for begin, colour in ((start, "crimson"), (start + hop_ms / 1000, "orange")):
-        axes[0, 0].axvspan(begin, begin + window_ms / 1000, color=colour, alpha=.35, linewidth=0)
+        axes[0, 0].axvspan(begin, begin + window_ms / 1000, color=colour, alpha=0.35, linewidth=0)
     fill = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-    axes[1, 0].imshow(loud.numpy(), cmap="mako", vmin=-80, vmax=0, extent=(0, seconds, 0, 64), **fill)
-    spread = np.quantile(tokens.abs(), .98) or 1
-    axes[2, 0].imshow(tokens.T.numpy(), cmap="vlag", vmin=-spread, vmax=spread, extent=(0, seconds, 0, tokens.shape[1]), **fill)
-    labels = (("wave", f"first {max_seconds:g} s of {whole:.0f} s" if whole > max_seconds else "two neighbouring windows, marked"),
-              ("mel band", f"{loud.shape[1]} frames: {window_ms:g} ms long, one every {hop_ms:g} ms"),
-              ("feature, sorted", f"{len(tokens)} tokens, one every {8 * hop_ms:g} ms"))
-    for axis, (label, title) in zip(axes[:, 0], labels): axis.set(xlim=(0, seconds), ylabel=label, title=title); axis.grid(False)
+    axes[1, 0].imshow(
+        loud.numpy(), cmap="mako", vmin=-80, vmax=0, extent=(0, seconds, 0, 64), **fill
+    )
+    spread = np.quantile(tokens.abs(), 0.98) or 1
+    axes[2, 0].imshow(
+        tokens.T.numpy(),
+        cmap="vlag",
+        vmin=-spread,
+        vmax=spread,
+        extent=(0, seconds, 0, tokens.shape[1]),
+        **fill,
+    )
+    labels = (
+        (
+            "wave",
+            f"first {max_seconds:g} s of {whole:.0f} s"
+            if whole > max_seconds
+            else "two neighbouring windows, marked",
+        ),
+        ("mel band", f"{loud.shape[1]} frames: {window_ms:g} ms long, one every {hop_ms:g} ms"),
+        ("feature, sorted", f"{len(tokens)} tokens, one every {8 * hop_ms:g} ms"),
+    )
+    for axis, (label, title) in zip(axes[:, 0], labels):
+        axis.set(xlim=(0, seconds), ylabel=label, title=title)
+        axis.grid(False)
     axes[2, 0].set_xlabel("second")
     return figure
 
@@ -137,38 +212,80 @@ def pick_batch(image_of, pairs=8, captions_per_image=1):  # (n,) picture of each
     "(B,) rows of a batch, so many captions per picture, and the rows of all other pictures, for the queue."
     order, counts, rows = image_of.argsort(stable=True).tolist(), {}, []
     for row in order:
-        image = int(image_of[row]); counts[image] = counts.get(image, 0) + 1
-        if counts[image] <= captions_per_image and len(rows) < pairs: rows.append(row)
+        image = int(image_of[row])
+        counts[image] = counts.get(image, 0) + 1
+        if counts[image] <= captions_per_image and len(rows) < pairs:
+            rows.append(row)
     taken = {int(image_of[row]) for row in rows}
-    return torch.tensor(rows), torch.tensor([row for row in order if int(image_of[row]) not in taken], dtype=torch.long)
+    return torch.tensor(rows), torch.tensor(
+        [row for row in order if int(image_of[row]) not in taken], dtype=torch.long
+    )
 
 
-def show_similarities(embeddings, pairs=8, captions_per_image=1, temperature=.07, queue_size=0, by_id=True):  # retrieval.Embeddings; targets by id, or naive: the diagonal
+def show_similarities(
+    embeddings, pairs=8, captions_per_image=1, temperature=0.07, queue_size=0, by_id=True
+):  # retrieval.Embeddings; targets by id, or naive: the diagonal
     "What each recording of a batch believes, and the contrastive loss of each."
     import seaborn as sns
+
     rows, others = pick_batch(embeddings.image_of, pairs, captions_per_image)
     ids, old = embeddings.image_of[rows], others[:queue_size]
-    key_ids = torch.cat([ids, embeddings.image_of[old]])                              # (N,) the batch first, then the queue
+    key_ids = torch.cat([ids, embeddings.image_of[old]])  # (N,) the batch first, then the queue
     targets = id_targets(ids, key_ids) if by_id else torch.eye(len(rows), len(key_ids))
     speech_keys, image_keys = embeddings.speech[torch.cat([rows, old])], embeddings.image[key_ids]
-    out = sic_loss(embeddings.speech[rows], embeddings.image[ids], speech_keys, image_keys, targets, temperature)
-    sure = out.speech_to_image.softmax(1)                                             # (B, N)
-    table = torch.cat([sure[:, :len(rows)], sure[:, len(rows):].sum(1, keepdim=True)], 1) if len(old) else sure
+    out = sic_loss(
+        embeddings.speech[rows],
+        embeddings.image[ids],
+        speech_keys,
+        image_keys,
+        targets,
+        temperature,
+    )
+    sure = out.speech_to_image.softmax(1)  # (B, N)
+    table = (
+        torch.cat([sure[:, : len(rows)], sure[:, len(rows) :].sum(1, keepdim=True)], 1)
+        if len(old)
+        else sure
+    )
     figure, ((left, right),) = sheet(9.5, 4.2, 1, 2, width_ratios=[2.2, 1])
     names = [str(one) for one in ids.tolist()] + ["queue"] * bool(len(old))
-    sns.heatmap(table.numpy(), ax=left, vmin=0, vmax=1, cmap="rocket_r", annot=len(rows) <= 10, fmt=".2f", annot_kws={"size": 9},
-                xticklabels=names, yticklabels=names[:len(rows)], cbar_kws={"label": "probability"})
-    for row, column in targets[:, :len(rows)].nonzero().tolist(): left.add_patch(_box(column, row))
-    left.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{len(rows)} pairs, {len(old)} older pictures in the queue; boxes: called right")
+    sns.heatmap(
+        table.numpy(),
+        ax=left,
+        vmin=0,
+        vmax=1,
+        cmap="rocket_r",
+        annot=len(rows) <= 10,
+        fmt=".2f",
+        annot_kws={"size": 9},
+        xticklabels=names,
+        yticklabels=names[: len(rows)],
+        cbar_kws={"label": "probability"},
+    )
+    for row, column in targets[:, : len(rows)].nonzero().tolist():
+        left.add_patch(_box(column, row))
+    left.set(
+        xlabel="image id of the picture",
+        ylabel="image id of the recording",
+        title=f"{len(rows)} pairs, {len(old)} older pictures in the queue; boxes: called right",
+    )
     left.tick_params(rotation=0)
     each = -(targets * out.speech_to_image.log_softmax(1)).sum(1)
-    sns.barplot(x=each.numpy(), y=np.arange(len(rows)), orient="h", ax=right, color=sns.color_palette()[0])
-    right.set(xlabel="loss, recording to picture", ylabel="", yticks=[], title=f"loss of both directions {out.loss:.3f}")
+    sns.barplot(
+        x=each.numpy(), y=np.arange(len(rows)), orient="h", ax=right, color=sns.color_palette()[0]
+    )
+    right.set(
+        xlabel="loss, recording to picture",
+        ylabel="",
+        yticks=[],
+        title=f"loss of both directions {out.loss:.3f}",
+    )
     return figure
 
 
 def _box(column, row):
     from matplotlib.patches import Rectangle
+
     return Rectangle((column, row), 1, 1, fill=False, edgecolor="teal", linewidth=2)
 
 # %% ../nbs/14_explore.ipynb #b201e568
@@ -177,57 +294,120 @@ def walk(momentum, steps=200):  # cached: sliders ask for the same ones again
     "One weight of a student in training, and of its teacher: two lists."
     student, generator = nn.Linear(1, 1, bias=False), torch.Generator().manual_seed(0)
     nn.init.zeros_(student.weight)
-    teacher, paths = make_teacher(student), ([0.], [0.])
+    teacher, paths = make_teacher(student), ([0.0], [0.0])
     noise = torch.randn(steps, generator=generator)
     for step in range(1, steps + 1):
-        nn.init.constant_(student.weight, float(1 - np.exp(-step / 25) + .12 * noise[step - 1]))
+        nn.init.constant_(student.weight, float(1 - np.exp(-step / 25) + 0.12 * noise[step - 1]))
         update_momentum(teacher, student, momentum)
-        for path, network in zip(paths, (student, teacher)): path.append(network.weight.item())
+        for path, network in zip(paths, (student, teacher)):
+            path.append(network.weight.item())
     return paths
 
 
-def show_queue(step=5, size=16, batch=4, momentum=.98):  # slots of the ring, pairs per step
+def show_queue(step=5, size=16, batch=4, momentum=0.98):  # slots of the ring, pairs per step
     "The ring after some steps, coloured by age, and how far student and teacher moved while its keys waited."
     import matplotlib
     import seaborn as sns
+
     queue = EmbeddingQueue(size, 1)
     nothing = torch.zeros(batch, 1)
-    for one in range(step): queue.enqueue(nothing, nothing, torch.arange(one * batch, (one + 1) * batch))
-    ages = [step - 1 - item // batch if item >= 0 else -1 for item in queue.ids.tolist()]  # in steps; -1 = empty
+    for one in range(step):
+        queue.enqueue(nothing, nothing, torch.arange(one * batch, (one + 1) * batch))
+    ages = [
+        step - 1 - item // batch if item >= 0 else -1 for item in queue.ids.tolist()
+    ]  # in steps; -1 = empty
     figure, ((left, right),) = sheet(9.5, 3.8, 1, 2, width_ratios=[1, 1.6])
     colours, oldest = matplotlib.colormaps["rocket"], max([*ages, 0])
-    shades = ["#eeeeee" if age < 0 else colours(.25 + .7 * age / max(oldest, 1)) for age in ages]
-    names = left.pie([1] * size, startangle=90, counterclock=False, labels=range(size), labeldistance=.79, textprops={"size": 9, "ha": "center", "va": "center"},
-                     colors=shades, wedgeprops={"width": .42, "edgecolor": "white"})[1] if size else []
-    for name, age in zip(names, ages): name.set(color="black" if age < 0 or age > oldest / 2 else "white", visible=size <= 32)
-    angle = np.pi / 2 - 2 * np.pi * (int(queue.pointer) + .5) / max(size, 1)
+    shades = ["#eeeeee" if age < 0 else colours(0.25 + 0.7 * age / max(oldest, 1)) for age in ages]
+    names = (
+        left.pie(
+            [1] * size,
+            startangle=90,
+            counterclock=False,
+            labels=range(size),
+            labeldistance=0.79,
+            textprops={"size": 9, "ha": "center", "va": "center"},
+            colors=shades,
+            wedgeprops={"width": 0.42, "edgecolor": "white"},
+        )[1]
+        if size
+        else []
+    )
+    for name, age in zip(names, ages):
+        name.set(color="black" if age < 0 or age > oldest / 2 else "white", visible=size <= 32)
+    angle = np.pi / 2 - 2 * np.pi * (int(queue.pointer) + 0.5) / max(size, 1)
     tip, tail = ((length * np.cos(angle), length * np.sin(angle)) for length in (1.02, 1.3))
-    if size: left.annotate("", tip, tail, arrowprops={"color": "crimson", "width": 2, "headwidth": 8})
-    left.text(0, 0, f"{sum(age >= 0 for age in ages)} of {size}\nslots used", ha="center", va="center")
-    left.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), title="dark: new, light: old; arrow: written next", xlabel="slots of the ring")
+    if size:
+        left.annotate("", tip, tail, arrowprops={"color": "crimson", "width": 2, "headwidth": 8})
+    left.text(
+        0, 0, f"{sum(age >= 0 for age in ages)} of {size}\nslots used", ha="center", va="center"
+    )
+    left.set(
+        xlim=(-1.35, 1.35),
+        ylim=(-1.35, 1.35),
+        title="dark: new, light: old; arrow: written next",
+        xlabel="slots of the ring",
+    )
     student, teacher = walk(momentum)
     now = min(step, len(student) - 1)
     sns.lineplot({"student": student, "teacher": teacher}, ax=right, dashes=False)
-    right.axvspan(max(0, now - oldest), now, color="grey", alpha=.25); right.axvline(now, color="crimson", linewidth=1)
-    since = [np.ptp(path[max(0, now - oldest): now + 1]) for path in (student, teacher)]  # highest minus lowest
-    right.set(xlabel="step", ylabel="a weight", title=f"oldest key: {oldest} steps; range since then: student {since[0]:.2f}, teacher {since[1]:.2f}"); right.title.set_size(10)
+    right.axvspan(max(0, now - oldest), now, color="grey", alpha=0.25)
+    right.axvline(now, color="crimson", linewidth=1)
+    since = [
+        np.ptp(path[max(0, now - oldest) : now + 1]) for path in (student, teacher)
+    ]  # highest minus lowest
+    right.set(
+        xlabel="step",
+        ylabel="a weight",
+        title=f"oldest key: {oldest} steps; range since then: student {since[0]:.2f}, teacher {since[1]:.2f}",
+    )
+    right.title.set_size(10)
     return figure
 
 # %% ../nbs/14_explore.ipynb #1e4a80ea
-def show_targets(logits, ids, alpha=.4, noise=0., seed=0):  # (B, B) the teacher's; (B,) true ids; share of labels that are wrong
+def show_targets(
+    logits, ids, alpha=0.4, noise=0.0, seed=0
+):  # (B, B) the teacher's; (B,) true ids; share of labels that are wrong
     "Labels, the teacher's opinion, and the mixture; boxes: the truth."
     import seaborn as sns
+
     labels = ids.clone()
-    for row in torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[: round(noise * len(ids))].tolist():
-        wrong = [one for one in ids.roll(-row - 1).tolist() if one != ids[row]]  # the next picture that is another one, if there is any
-        if wrong: labels[row] = wrong[0]
+    for row in torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[
+        : round(noise * len(ids))
+    ].tolist():
+        wrong = [
+            one for one in ids.roll(-row - 1).tolist() if one != ids[row]
+        ]  # the next picture that is another one, if there is any
+        if wrong:
+            labels[row] = wrong[0]
     hard, truth = id_targets(labels, ids), ids[:, None] == ids
     figure, axes = sheet(10, 3.9, 1, 3)
-    tables = {"labels": hard, "teacher": logits.float().softmax(1), f"targets, alpha {alpha:g}": soft_targets(logits, hard, alpha)}
+    tables = {
+        "labels": hard,
+        "teacher": logits.float().softmax(1),
+        f"targets, alpha {alpha:g}": soft_targets(logits, hard, alpha),
+    }
     for axis, (name, table) in zip(axes[0], tables.items()):
-        sns.heatmap(table.numpy(), ax=axis, vmin=0, vmax=1, cmap="rocket_r", cbar=False, square=True, annot=len(ids) <= 8, fmt=".2f",
-                    annot_kws={"size": 8}, xticklabels=ids.tolist(), yticklabels=ids.tolist())
-        for row, column in truth.nonzero().tolist(): axis.add_patch(_box(column, row))
-        axis.set(xlabel="image id of the picture", ylabel="image id of the recording", title=f"{name}: {(table * truth).sum(1).mean():.0%} right")
+        sns.heatmap(
+            table.numpy(),
+            ax=axis,
+            vmin=0,
+            vmax=1,
+            cmap="rocket_r",
+            cbar=False,
+            square=True,
+            annot=len(ids) <= 8,
+            fmt=".2f",
+            annot_kws={"size": 8},
+            xticklabels=ids.tolist(),
+            yticklabels=ids.tolist(),
+        )
+        for row, column in truth.nonzero().tolist():
+            axis.add_patch(_box(column, row))
+        axis.set(
+            xlabel="image id of the picture",
+            ylabel="image id of the recording",
+            title=f"{name}: {(table * truth).sum(1).mean():.0%} right",
+        )
         axis.tick_params(labelsize=8, rotation=0)
     return figure

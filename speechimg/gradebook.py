@@ -34,14 +34,22 @@ def teacher_notebook(root: Path, assignment: str) -> dict:
     "The source notebook of an assignment. InputError if there is none."
     path = root / "source" / assignment / f"{assignment}.ipynb"
     if not path.exists():
-        raise InputError(path, "there is no such assignment in this course", "make it with: speechimg course build --out FOLDER")
+        raise InputError(
+            path,
+            "there is no such assignment in this course",
+            "make it with: speechimg course build --out FOLDER",
+        )
     return read_json(path)
 
 
 def _place(resources: dict) -> tuple[Path, str, str]:
     "Course folder, assignment and student of a step of nbgrader's."
     where = resources["nbgrader"]
-    return Path(where["db_url"].removeprefix("sqlite:///")).parent, where["assignment"], where["student"]
+    return (
+        Path(where["db_url"].removeprefix("sqlite:///")).parent,
+        where["assignment"],
+        where["student"],
+    )
 
 
 def marks_path(root: Path, assignment: str, student: str) -> Path:
@@ -51,13 +59,25 @@ def marks_path(root: Path, assignment: str, student: str) -> Path:
 
 def _fingerprint(teacher: dict, notebook: dict) -> str:
     "What marks depend on."
-    cells = [[cell.get("cell_type"), cell.get("metadata", {}).get("nbgrader", {}).get("grade_id"), "".join(cell.get("source", ""))] for one in (teacher, notebook) for cell in one["cells"]]
+    cells = [
+        [
+            cell.get("cell_type"),
+            cell.get("metadata", {}).get("nbgrader", {}).get("grade_id"),
+            "".join(cell.get("source", "")),
+        ]
+        for one in (teacher, notebook)
+        for cell in one["cells"]
+    ]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def sandbox(root: Path, assignment: str, unsafe: bool = False) -> Sandbox:
     "The sandbox for an assignment. InputError where files cannot be protected."
-    box = Sandbox(library_before(next(one for one in all_assignments() if one.name == assignment)), preload=("numpy", "einops", "torch.nn.functional", "torch.testing"), hidden=(root.resolve(),))
+    box = Sandbox(
+        library_before(next(one for one in all_assignments() if one.name == assignment)),
+        preload=("numpy", "einops", "torch.nn.functional", "torch.testing"),
+        hidden=(root.resolve(),),
+    )
     trial = box.start()
     trial.kill()
     if not {"files", "another user"} & set(trial.shut) and not unsafe:
@@ -67,7 +87,9 @@ def sandbox(root: Path, assignment: str, unsafe: bool = False) -> Sandbox:
     return box
 
 
-def marks_of(root: Path, assignment: str, student: str, notebook: dict, box: Sandbox | None = None) -> Marks:
+def marks_of(
+    root: Path, assignment: str, student: str, notebook: dict, box: Sandbox | None = None
+) -> Marks:
     "Marks of a submission, from an earlier time if nothing changed since."
     teacher, path = teacher_notebook(root, assignment), marks_path(root, assignment, student)
     key = _fingerprint(teacher, notebook)
@@ -88,14 +110,18 @@ class TakeSolutions(steps.NbGraderPreprocessor):
     "In place of nbgrader's ClearSolutions: bodies of functions, and rubrics."
 
     def preprocess_cell(self, cell, resources, cell_index):
-        return (nbformat.from_dict(released(cell)) if cell.metadata.nbgrader["solution"] else cell), resources
+        return (
+            nbformat.from_dict(released(cell)) if cell.metadata.nbgrader["solution"] else cell
+        ), resources
 
 
 class HideTests(steps.NbGraderPreprocessor):
     "In place of nbgrader's ClearHiddenTests, and before feedback is written: says that there are some."
 
     def preprocess_cell(self, cell, resources, cell_index):
-        mine = "nbgrader" not in cell.metadata or cell.metadata.nbgrader["solution"]  # a cell that a student added, or wrote
+        mine = (
+            "nbgrader" not in cell.metadata or cell.metadata.nbgrader["solution"]
+        )  # a cell that a student added, or wrote
         return (cell if mine else nbformat.from_dict(released(cell))), resources
 
 
@@ -107,7 +133,12 @@ class PutBack(steps.NbGraderPreprocessor):
         marks = marks_of(root, assignment, student, notebook)
         work, _ = restore(teacher_notebook(root, assignment), notebook)
         if marks.reports:
-            note = {"cell_type": "markdown", "id": "reports", "metadata": {}, "source": "**While marking**\n\n" + "\n".join(f"- {one}" for one in marks.reports)}
+            note = {
+                "cell_type": "markdown",
+                "id": "reports",
+                "metadata": {},
+                "source": "**While marking**\n\n" + "\n".join(f"- {one}" for one in marks.reports),
+            }
             work["cells"].insert(0, note)
         return nbformat.from_dict(work), resources
 
@@ -123,7 +154,11 @@ class ShowMarks(steps.NbGraderPreprocessor):
             if name in marks.points:
                 wrong = marks.messages.get(name, "was not run")
                 if wrong:
-                    cell.outputs = [nbformat.v4.new_output("error", ename="not yet", evalue=wrong, traceback=[wrong])]
+                    cell.outputs = [
+                        nbformat.v4.new_output(
+                            "error", ename="not yet", evalue=wrong, traceback=[wrong]
+                        )
+                    ]
                 else:
                     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="right\n")]
         return notebook, resources
@@ -138,14 +173,31 @@ def course_config(
     config.CourseDirectory.course_id = "speechimg"
     config.GenerateAssignment.preprocessors = [TakeSolutions, steps.LockCells, steps.ClearOutput, steps.CheckCellMetadata, steps.ComputeChecksums,
                                                steps.SaveCells, HideTests, steps.ComputeChecksums, steps.CheckCellMetadata]  # fmt: skip
-    config.Autograde.sanitize_preprocessors = [PutBack, steps.ClearOutput, steps.OverwriteKernelspec, steps.OverwriteCells, steps.CheckCellMetadata]
-    config.Autograde.autograde_preprocessors = [ShowMarks, steps.LimitOutput, steps.SaveAutoGrades, steps.AssignLatePenalties, steps.CheckCellMetadata]
-    config.GenerateFeedback.preprocessors = [HideTests, *GenerateFeedback.preprocessors.default_args[0]]  # or it would show hidden checks, and the seed
-    config.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[^/]+)_(?P<file_id>\w+)"  # STUDENT_ASSIGNMENT.ipynb, for zip_collect
+    config.Autograde.sanitize_preprocessors = [
+        PutBack,
+        steps.ClearOutput,
+        steps.OverwriteKernelspec,
+        steps.OverwriteCells,
+        steps.CheckCellMetadata,
+    ]
+    config.Autograde.autograde_preprocessors = [
+        ShowMarks,
+        steps.LimitOutput,
+        steps.SaveAutoGrades,
+        steps.AssignLatePenalties,
+        steps.CheckCellMetadata,
+    ]
+    config.GenerateFeedback.preprocessors = [
+        HideTests,
+        *GenerateFeedback.preprocessors.default_args[0],
+    ]  # or it would show hidden checks, and the seed
+    config.FileNameCollectorPlugin.named_regexp = (
+        r".*/(?P<student_id>[^/]+)_(?P<file_id>\w+)"  # STUDENT_ASSIGNMENT.ipynb, for zip_collect
+    )
     return config
 
 
-CONFIG = '''"Made by `speechimg course build`. nbgrader's own commands work in this folder."
+CONFIG = """"Made by `speechimg course build`. nbgrader's own commands work in this folder."
 
 from pathlib import Path
 
@@ -153,7 +205,7 @@ from speechimg.gradebook import course_config
 
 c = get_config()  # noqa: F821
 c.merge(course_config(Path(__file__).parent))
-'''
+"""
 
 
 @contextmanager

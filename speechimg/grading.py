@@ -21,13 +21,21 @@ from .sandbox import Ended, Process, Sandbox
 def _grade_id(cell: dict) -> str:
     "The name that nbgrader's metadata gives to a cell, or ''."
     marks = cell.get("metadata", {}).get("nbgrader", {})
-    return marks.get("grade_id", "") if isinstance(marks, dict) and isinstance(marks.get("grade_id", ""), str) else ""
+    return (
+        marks.get("grade_id", "")
+        if isinstance(marks, dict) and isinstance(marks.get("grade_id", ""), str)
+        else ""
+    )
 
 
 def _text(cell: dict) -> str:
     "The text of a cell, whichever of its two forms the file holds."
     source = cell.get("source", "")
-    return source if isinstance(source, str) else "".join(one for one in source if isinstance(one, str))
+    return (
+        source
+        if isinstance(source, str)
+        else "".join(one for one in source if isinstance(one, str))
+    )
 
 
 def restore(
@@ -42,8 +50,12 @@ def restore(
         name = _grade_id(cell)
         if name in own:
             if name in theirs:
-                reports.append(f"{name}: there twice; the {'longer' if not own[name]['metadata']['nbgrader']['locked'] else 'original'} one counts")
-                if own[name]["metadata"]["nbgrader"]["locked"] or len(_text(cell)) <= len(_text(theirs[name])):
+                reports.append(
+                    f"{name}: there twice; the {'longer' if not own[name]['metadata']['nbgrader']['locked'] else 'original'} one counts"
+                )
+                if own[name]["metadata"]["nbgrader"]["locked"] or len(_text(cell)) <= len(
+                    _text(theirs[name])
+                ):
                     continue
             theirs[name], last = cell, name
             order.append(name)
@@ -56,12 +68,20 @@ def restore(
     for name, cell in own.items():
         marks, there = cell["metadata"]["nbgrader"], theirs.get(name)
         if there is None:
-            reports.append(f"{name}: was deleted; " + ("put back" if marks["locked"] else "nothing to mark"))
-        elif marks["locked"] and marks["grade"] and _plain(_text(there)) not in (_plain(released_text(cell)), _plain(_text(cell))):
+            reports.append(
+                f"{name}: was deleted; " + ("put back" if marks["locked"] else "nothing to mark")
+            )
+        elif (
+            marks["locked"]
+            and marks["grade"]
+            and _plain(_text(there)) not in (_plain(released_text(cell)), _plain(_text(cell)))
+        ):
             reports.append(f"{name}: was edited; put back")
         text = _text(cell) if marks["locked"] else _text(there) if there is not None else ""
         restored.append({**cell, "source": text})
-        restored += [_bare(one, f"{name}-added-{number}") for number, one in enumerate(added.get(name, []))]
+        restored += [
+            _bare(one, f"{name}-added-{number}") for number, one in enumerate(added.get(name, []))
+        ]
     return {**teacher, "cells": restored}, reports
 
 
@@ -73,7 +93,12 @@ def _bare(cell: dict, name: str) -> dict:
 
 def released_text(cell: dict) -> str:
     "What students see of a locked cell."
-    return re.sub(r"### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS", "# These run when your work is marked.", _text(cell), flags=re.DOTALL)
+    return re.sub(
+        r"### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS",
+        "# These run when your work is marked.",
+        _text(cell),
+        flags=re.DOTALL,
+    )
 
 
 def _plain(text: str) -> str:
@@ -84,6 +109,7 @@ def _plain(text: str) -> str:
 @dataclass
 class Limits:
     "What a submission may use up."
+
     cells: float = 60.0  # seconds for its cells
     check: float = 10.0  # seconds for a check
     total: float = 180.0  # seconds in all; what is left then is wrong
@@ -93,11 +119,14 @@ class Limits:
 @dataclass
 class Marks:
     "What came of a submission."
+
     student: str
     assignment: str
     messages: dict[str, str] = field(default_factory=dict)  # per check what is wrong, or ""
     points: dict[str, float] = field(default_factory=dict)  # per check what it is worth
-    reports: list[str] = field(default_factory=list)  # what was put back, and cells that stopped with an error
+    reports: list[str] = field(
+        default_factory=list
+    )  # what was put back, and cells that stopped with an error
     shut: list[str] = field(default_factory=list)  # the doors that were shut
 
     @property
@@ -118,7 +147,10 @@ class _Student:
         if self.process is None or not self.process.pid:
             self.process = self.box.start(int(self.limits.total), self.limits.memory)
             self._within(self.limits.cells)
-            self.problems = [f"cell {index + 1} stops with {problem}" for index, problem in self.process.ask(do="load", cells=self.cells)]
+            self.problems = [
+                f"cell {index + 1} stops with {problem}"
+                for index, problem in self.process.ask(do="load", cells=self.cells)
+            ]
         self._within(self.limits.check)
         return self.process
 
@@ -151,15 +183,33 @@ def mark(
     "Put the checks back, run the student's cells in the sandbox and the checks here."
     work, reports = restore(teacher, handed_in)
     marks = Marks(student, assignment, reports=reports)
-    graded = {_grade_id(cell): cell for cell in work["cells"] if cell["cell_type"] == "code" and cell["metadata"].get("nbgrader", {}).get("grade")}
-    marks.points = {name: float(cell["metadata"]["nbgrader"]["points"]) for name, cell in graded.items()}
-    runner = _Student(box, [_text(cell) for cell in work["cells"] if cell["cell_type"] == "code" and _grade_id(cell) not in graded], limits or Limits())
+    graded = {
+        _grade_id(cell): cell
+        for cell in work["cells"]
+        if cell["cell_type"] == "code" and cell["metadata"].get("nbgrader", {}).get("grade")
+    }
+    marks.points = {
+        name: float(cell["metadata"]["nbgrader"]["points"]) for name, cell in graded.items()
+    }
+    runner = _Student(
+        box,
+        [
+            _text(cell)
+            for cell in work["cells"]
+            if cell["cell_type"] == "code" and _grade_id(cell) not in graded
+        ],
+        limits or Limits(),
+    )
     for name, cell in graded.items():
         try:
             process = runner.ready()
             process.ask(do="seed", seed=0)
             marks.shut = process.shut
-            marks.messages[name] = run_check(_text(cell), _stand_ins(_text(cell), process)).replace("raises Ended: ", "but the code ").replace("Ended: ", "the code ")
+            marks.messages[name] = (
+                run_check(_text(cell), _stand_ins(_text(cell), process))
+                .replace("raises Ended: ", "but the code ")
+                .replace("Ended: ", "the code ")
+            )
         except Ended as problem:
             marks.messages[name] = f"the notebook {problem}"
     if runner.process is not None:
@@ -179,11 +229,17 @@ def table(
     for name, worth in marks[0].points.items():
         failed = [one.student for one in marks if one.messages.get(name, "?") != ""]
         who = ", ".join(failed[:6]) + (f" and {len(failed) - 6} more" if len(failed) > 6 else "")
-        lines.append(f"{name:20} {worth:4g}  {len(failed):3} of {len(marks)} failed  {titles.get(name, '')}" + (f"\n{'':27}{who}" if failed else ""))
+        lines.append(
+            f"{name:20} {worth:4g}  {len(failed):3} of {len(marks)} failed  {titles.get(name, '')}"
+            + (f"\n{'':27}{who}" if failed else "")
+        )
     lines.append("")
     most = sum(marks[0].points.values())
     for one in sorted(marks, key=lambda one: (-one.score, one.student)):
-        lines.append(f"{one.student:20} {one.score:5g} of {most:g}" + "".join(f"\n{'':27}{report}" for report in one.reports[:5]))
+        lines.append(
+            f"{one.student:20} {one.score:5g} of {most:g}"
+            + "".join(f"\n{'':27}{report}" for report in one.reports[:5])
+        )
     return "\n".join(lines)
 
 
@@ -192,5 +248,9 @@ def titles(teacher: dict) -> dict[str, str]:
     found = {}
     for cell in teacher["cells"]:
         if cell["cell_type"] == "code" and cell["metadata"]["nbgrader"]["grade"]:
-            found[_grade_id(cell)] = " ".join((ast.get_docstring(ast.parse(re.sub(r"(?m)^SEED = .*$", "", _text(cell)))) or "").split())
+            found[_grade_id(cell)] = " ".join(
+                (
+                    ast.get_docstring(ast.parse(re.sub(r"(?m)^SEED = .*$", "", _text(cell)))) or ""
+                ).split()
+            )
     return found

@@ -31,20 +31,56 @@ def source_notebook(
                     "grade": part.kind in ("check", "question"), "solution": part.kind in ("solution", "question"), "locked": part.kind not in ("solution", "question")}  # fmt: skip
         text = part.source
         if part.kind == "question":
-            cells.append(_cell(part.source, metadata | {"grade_id": metadata["grade_id"] + "-text", "grade": False, "solution": False, "locked": True}, "markdown"))
+            cells.append(
+                _cell(
+                    part.source,
+                    metadata
+                    | {
+                        "grade_id": metadata["grade_id"] + "-text",
+                        "grade": False,
+                        "solution": False,
+                        "locked": True,
+                    },
+                    "markdown",
+                )
+            )
             text = f"**What to give points for**\n\n{part.rubric}"
         if part.kind == "check":
             text = f"SEED = {seed}\n{text}" if part.hidden else text
-            text = f"# {part.points:g} points: hidden\n### BEGIN HIDDEN TESTS\n{text}\n### END HIDDEN TESTS" if part.hidden else f"# {part.points:g} points\n{text}"
+            text = (
+                f"# {part.points:g} points: hidden\n### BEGIN HIDDEN TESTS\n{text}\n### END HIDDEN TESTS"
+                if part.hidden
+                else f"# {part.points:g} points\n{text}"
+            )
         if metadata["grade"]:
             metadata["points"] = part.points
         cells.append(_cell(text, metadata, metadata["cell_type"]))
         if part.kind == "solution":
             cells[-1]["metadata"]["speechimg"] = {"targets": list(part.targets)}
     head = f"# {one.title}\n> About {one.minutes} minutes, {sum(part.points for part in one.parts):g} points. Chapter: `nbs/{one.notebook}.ipynb`\n\n{HOW}"
-    cells.insert(0, _cell(head, {"grade_id": f"{one.name}-head", "schema_version": 3, "task": False, "cell_type": "markdown", "grade": False, "solution": False, "locked": True}, "markdown"))
+    cells.insert(
+        0,
+        _cell(
+            head,
+            {
+                "grade_id": f"{one.name}-head",
+                "schema_version": 3,
+                "task": False,
+                "cell_type": "markdown",
+                "grade": False,
+                "solution": False,
+                "locked": True,
+            },
+            "markdown",
+        ),
+    )
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    return {"cells": cells, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    return {
+        "cells": cells,
+        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
 
 
 HOW = (
@@ -55,7 +91,12 @@ HOW = (
 
 def _cell(text: str, marks: dict, kind: str) -> dict:
     "A cell of a notebook with nbgrader's marks."
-    cell = {"cell_type": kind, "id": marks["grade_id"], "metadata": {"nbgrader": marks}, "source": text}
+    cell = {
+        "cell_type": kind,
+        "id": marks["grade_id"],
+        "metadata": {"nbgrader": marks},
+        "source": text,
+    }
     return cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
 
 # %% ../nbs/18d_handout.ipynb #50809de5
@@ -67,7 +108,12 @@ def released(cell: dict) -> dict:
     elif marks["solution"]:
         text = ANSWER
     else:
-        text = re.sub(r"### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS", "# These run when your work is marked.", text, flags=re.DOTALL)
+        text = re.sub(
+            r"### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS",
+            "# These run when your work is marked.",
+            text,
+            flags=re.DOTALL,
+        )
     return {**cell, "source": text, "metadata": {"nbgrader": marks}}
 
 # %% ../nbs/18d_handout.ipynb #bb76108c
@@ -79,7 +125,12 @@ def _place(stem: str) -> tuple:
 
 def library_before(one: Assignment) -> dict[str, str]:  # {file: text}
     "The library that an assignment may use: lower chapters, its own without the solutions, and what checks need."
-    wanted = tuple(name for part in one.parts if part.kind == "solution" for name in part.targets or [name for name, _ in functions(ast.parse(part.source))])
+    wanted = tuple(
+        name
+        for part in one.parts
+        if part.kind == "solution"
+        for name in part.targets or [name for name, _ in functions(ast.parse(part.source))]
+    )
     files = {}
     for path in sorted(Path(course.__file__).parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")

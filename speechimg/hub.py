@@ -13,30 +13,70 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    PyTorchModelHubMixin,
+    hf_hub_download,
+)
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 
 from .core import Config, InputError, atomic_write, read_json, write_json
 
 # %% ../nbs/10c_hub.ipynb #d28d5999
-def check_weights(file, config, build):  # model.safetensors; Config; () -> the model, called where nothing is allocated
+def check_weights(
+    file, config, build
+):  # model.safetensors; Config; () -> the model, called where nothing is allocated
     "Raises InputError unless the file can hold a model of these sizes; found out from the file's header, before memory is asked for."
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if hasattr(os, "sysconf")
+        else float("inf")
+    )
     try:
-        if (size := os.path.getsize(file)) > memory: raise InputError(file, f"is {size / 1e9:.0f} GB large, more than the memory of this machine", "load it on a larger machine")
-        with safetensors.safe_open(file, "pt") as header: shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}
+        if (size := os.path.getsize(file)) > memory:
+            raise InputError(
+                file,
+                f"is {size / 1e9:.0f} GB large, more than the memory of this machine",
+                "load it on a larger machine",
+            )
+        with safetensors.safe_open(file, "pt") as header:
+            shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(file, f"does not hold the weights of this model ({str(error)[:160]})", "copy or train it again") from None
-    depths = [config.fusion_depth, config.speech_depth, config.image_depth]  # a block has more than one tensor, and over 2 w^2 bytes
+        raise InputError(
+            file,
+            f"does not hold the weights of this model ({str(error)[:160]})",
+            "copy or train it again",
+        ) from None
+    depths = [
+        config.fusion_depth,
+        config.speech_depth,
+        config.image_depth,
+    ]  # a block has more than one tensor, and over 2 w^2 bytes
     if sum(depths) > len(shapes) or config.width * (config.width * sum(depths) + config.dim) > size:
-        raise InputError(file, f"is too small for the sizes in config.json (width {config.width}, dim {config.dim}, depths {depths})", "copy both files again")
+        raise InputError(
+            file,
+            f"is too small for the sizes in config.json (width {config.width}, dim {config.dim}, depths {depths})",
+            "copy both files again",
+        )
     try:
-        with torch.device("meta"): wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error: raise InputError(f"{file}: config", f"asks for a model that cannot be ({str(error)[:160]})", "copy config.json again") from None
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise InputError(
+            f"{file}: config",
+            f"asks for a model that cannot be ({str(error)[:160]})",
+            "copy config.json again",
+        ) from None
     for name in wanted:
         if shapes.get(name, wanted[name]) != wanted[name]:
-            raise InputError(file, f"does not hold the weights of this model ({name} is {shapes[name]}, config.json asks for {wanted[name]})", "copy or train it again")
+            raise InputError(
+                file,
+                f"does not hold the weights of this model ({name} is {shapes[name]}, config.json asks for {wanted[name]})",
+                "copy or train it again",
+            )
 
 # %% ../nbs/10c_hub.ipynb #2e70b77c
 CARD = """---
@@ -70,17 +110,34 @@ Nothing is recorded of how it was trained.
 def card_figures(run):  # what train and tools/publish.py write into metrics.json
     "Rows (set, stage, direction, {'1': %, '5': %, '10': %}) of all that was measured; what has another shape is left out."
     table = lambda value: value if isinstance(value, dict) else {}
-    for name, found in {"validation": run.get("validation"), **table(run.get("evaluations"))}.items():
-        for part, scores in (("", found), (" (all)", table(found).get("all")), (" (nouns)", table(found).get("nouns"))):
+    for name, found in {
+        "validation": run.get("validation"),
+        **table(run.get("evaluations")),
+    }.items():
+        for part, scores in (
+            ("", found),
+            (" (all)", table(found).get("all")),
+            (" (nouns)", table(found).get("nouns")),
+        ):
             for stage in ("coarse", "fine"):
                 ways = table(table(scores).get(stage))
-                ways = {"speech_to_image": ways} if "1" in ways else ways  # zero-shot: one direction
+                ways = (
+                    {"speech_to_image": ways} if "1" in ways else ways
+                )  # zero-shot: one direction
                 for way, values in ways.items():
-                    if {"1", "5", "10"} <= set(table(values)): yield name + part, stage, way.replace("_", " "), values
+                    if {"1", "5", "10"} <= set(table(values)):
+                        yield name + part, stage, way.replace("_", " "), values
 
 # %% ../nbs/10c_hub.ipynb #0c9e6754
-class HubModel(PyTorchModelHubMixin, library_name="speechimg", license="apache-2.0", pipeline_tag="feature-extraction",
-               tags=["speech-image-retrieval", "cross-modal-retrieval", "speech", "image"], paper_url="https://arxiv.org/abs/2408.13119", model_card_template=CARD):
+class HubModel(
+    PyTorchModelHubMixin,
+    library_name="speechimg",
+    license="apache-2.0",
+    pipeline_tag="feature-extraction",
+    tags=["speech-image-retrieval", "cross-modal-retrieval", "speech", "image"],
+    paper_url="https://arxiv.org/abs/2408.13119",
+    model_card_template=CARD,
+):
     "To be inherited by an nn.Module made from a config: saving, loading, the card. .run is what metrics.json holds, set by train; or None."
 
     run = None
@@ -90,57 +147,126 @@ class HubModel(PyTorchModelHubMixin, library_name="speechimg", license="apache-2
         run, info = self.run or {}, self._hub_mixin_info
         corpus = re.search(r"--corpus (\S+)", str(run.get("command", "")))
         corpus, rows = Path(corpus[1]).stem if corpus else "unknown", list(card_figures(run))
-        of = lambda name: corpus if re.match(r"(validation|test|voice)(_|$)", name) else re.split(r"[_ ]", name)[0]  # "stamps_en (all)" is stamps
-        results = [EvalResult("retrieval", of(name), name, "recall", values[k], metric_name=f"R@{k}, {way}, {stage}", task_name="speech-image retrieval", dataset_split=name)
-                   for name, stage, way, values in rows for k in ("1", "5", "10")]
+        of = lambda name: (
+            corpus
+            if re.match(r"(validation|test|voice)(_|$)", name)
+            else re.split(r"[_ ]", name)[0]
+        )  # "stamps_en (all)" is stamps
+        results = [
+            EvalResult(
+                "retrieval",
+                of(name),
+                name,
+                "recall",
+                values[k],
+                metric_name=f"R@{k}, {way}, {stage}",
+                task_name="speech-image retrieval",
+                dataset_split=name,
+            )
+            for name, stage, way, values in rows
+            for k in ("1", "5", "10")
+        ]
         title = re.sub(r"[^\w.-]", "-", f"speechimg-{run.get('name') or corpus}")
-        data = ModelCardData(**info.model_card_data.to_dict() | {"language": "en", "model_name": title} | ({"datasets": [corpus]} if run else {}) | ({"eval_results": results} if results else {}))
-        facts = {"run": run, "corpus": corpus, "figures": rows, "title": title, "parameters": sum(p.numel() for p in self.parameters()), "towers": self.config.towers}
-        return ModelCard.from_template(data, template_str=info.model_card_template, paper_url=info.paper_url, **facts | more)
+        data = ModelCardData(
+            **info.model_card_data.to_dict()
+            | {"language": "en", "model_name": title}
+            | ({"datasets": [corpus]} if run else {})
+            | ({"eval_results": results} if results else {})
+        )
+        facts = {
+            "run": run,
+            "corpus": corpus,
+            "figures": rows,
+            "title": title,
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "towers": self.config.towers,
+        }
+        return ModelCard.from_template(
+            data, template_str=info.model_card_template, paper_url=info.paper_url, **facts | more
+        )
 
     def _save_pretrained(self, save_directory):
-        folder, state = Path(save_directory), {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_write(folder / "model.safetensors") as file: file.write(safetensors.torch.save(state))
+        folder, state = (
+            Path(save_directory),
+            {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in self.state_dict().items()
+            },
+        )
+        with atomic_write(folder / "model.safetensors") as file:
+            file.write(safetensors.torch.save(state))
         self.config.save(folder / "config.json")
-        if self.run is not None: write_json(folder / "metrics.json", self.run)
+        if self.run is not None:
+            write_json(folder / "metrics.json", self.run)
         card = folder / "README.md"
-        if card.exists() and CARD.splitlines()[3] in card.read_text(encoding="utf-8", errors="replace"): card.unlink()  # ours, to be written anew
+        if card.exists() and CARD.splitlines()[3] in card.read_text(
+            encoding="utf-8", errors="replace"
+        ):
+            card.unlink()  # ours, to be written anew
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
         "A model from a folder or from the hub, ready to judge. Raises InputError for files that are damaged, foreign or hostile."
         file = Path(pretrained_model_name_or_path) / "config.json"
-        if file.is_file(): options.setdefault("config", Config.load(file))  # checked before the mixin looks at it
+        if file.is_file():
+            options.setdefault("config", Config.load(file))  # checked before the mixin looks at it
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
-    def empty(cls, config, **parts): return cls(config, **parts)  # to be filled from a file; a class whose parts would fetch weights says how not to
+    def empty(cls, config, **parts):
+        return cls(
+            config, **parts
+        )  # to be filled from a file; a class whose parts would fetch weights says how not to
 
     @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, config=None, **where):
         parts = {name: where.pop(name) for name in ("speech_tower", "image_tower") if name in where}
         folder = Path(model_id)
-        if config is None: raise InputError(folder, "holds no config.json", "give a folder that save_pretrained or train made")
+        if config is None:
+            raise InputError(
+                folder, "holds no config.json", "give a folder that save_pretrained or train made"
+            )
         if not folder.is_dir():
-            try: folder = Path(hf_hub_download(model_id, "model.safetensors", **where)).parent
-            except EntryNotFoundError: raise InputError(model_id, "holds no model.safetensors; a pickled file could run code", "save the model as safetensors") from None
-            try: hf_hub_download(model_id, "metrics.json", **where)
-            except EntryNotFoundError: pass                          # a model without a known past
+            try:
+                folder = Path(hf_hub_download(model_id, "model.safetensors", **where)).parent
+            except EntryNotFoundError:
+                raise InputError(
+                    model_id,
+                    "holds no model.safetensors; a pickled file could run code",
+                    "save the model as safetensors",
+                ) from None
+            try:
+                hf_hub_download(model_id, "metrics.json", **where)
+            except EntryNotFoundError:
+                pass  # a model without a known past
         build = lambda: cls.empty(config, **parts)
         check_weights(folder / "model.safetensors", config, build)
         model = cls._load_as_safetensor(build(), folder / "model.safetensors", map_location, strict)
         if (folder / "metrics.json").is_file():
-            try: model.run = dict(read_json(folder / "metrics.json"))
-            except (InputError, TypeError, ValueError) as error: warnings.warn(f"{folder / 'metrics.json'} is left out of the card ({error})")
+            try:
+                model.run = dict(read_json(folder / "metrics.json"))
+            except (InputError, TypeError, ValueError) as error:
+                warnings.warn(f"{folder / 'metrics.json'} is left out of the card ({error})")
         return model
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
-        try: safetensors.torch.load_model(model, model_file, strict=strict, device=str(map_location))
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, truncated, or of another shape
-            raise InputError(model_file, f"does not hold the weights of this model ({str(error)[:160]})", "copy or train it again") from None
+        try:
+            safetensors.torch.load_model(model, model_file, strict=strict, device=str(map_location))
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # missing, truncated, or of another shape
+            raise InputError(
+                model_file,
+                f"does not hold the weights of this model ({str(error)[:160]})",
+                "copy or train it again",
+            ) from None
         return model.to(map_location).eval()
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):
-        raise InputError(model_file, "is a pickled file, which could run code", "save the model as safetensors")
+        raise InputError(
+            model_file, "is a pickled file, which could run code", "save the model as safetensors"
+        )

@@ -25,103 +25,157 @@ from .speech import Reader, frame_mask, position_codes
 # %% ../nbs/05a_hubert.ipynb #668c80f1
 SHORTEST = 400  # samples under the first frame
 
+
 def hubert_frames(samples):  # length of a wave at 16 kHz
     "How many frames HuBERT makes of it; at least one."
     return max(1, (samples - 80) // 320)
 
-TINY_HUBERT = dict(extractor_mode="group_norm", extractor_conv_layer_config=[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2,
-                   extractor_conv_bias=False, encoder_embed_dim=32, encoder_projection_dropout=0., encoder_pos_conv_kernel=16,
-                   encoder_pos_conv_groups=4, encoder_num_layers=3, encoder_num_heads=4, encoder_attention_dropout=0.,
-                   encoder_ff_interm_features=64, encoder_ff_interm_dropout=0., encoder_dropout=0., encoder_layer_norm_first=False,
-                   encoder_layer_drop=0., aux_num_out=None)
+
+TINY_HUBERT = dict(
+    extractor_mode="group_norm",
+    extractor_conv_layer_config=[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2,
+    extractor_conv_bias=False,
+    encoder_embed_dim=32,
+    encoder_projection_dropout=0.0,
+    encoder_pos_conv_kernel=16,
+    encoder_pos_conv_groups=4,
+    encoder_num_layers=3,
+    encoder_num_heads=4,
+    encoder_attention_dropout=0.0,
+    encoder_ff_interm_features=64,
+    encoder_ff_interm_dropout=0.0,
+    encoder_dropout=0.0,
+    encoder_layer_norm_first=False,
+    encoder_layer_drop=0.0,
+    aux_num_out=None,
+)
 
 
 def hubert_facts(name):  # hubert_base, hubert_large or tiny
     "(arguments of torchaudio.models.wav2vec2_model, whether the waves have to be normalised): what the checkpoint was trained with."
     import torchaudio  # slow to import
-    if name == "tiny": return TINY_HUBERT, False
+
+    if name == "tiny":
+        return TINY_HUBERT, False
     bundle = getattr(torchaudio.pipelines, name.upper())
     return bundle._params, bundle._normalize_waveform
 
 
-def load_hubert(name,          # hubert_base, hubert_large or tiny
-                weights=True,  # False: random, because a checkpoint of ours will bring them
-               ):
+def load_hubert(
+    name,  # hubert_base, hubert_large or tiny
+    weights=True,  # False: random, because a checkpoint of ours will bring them
+):
     "The network, without any head. Raises InputError where the weights are not here and cannot be fetched."
     import torchaudio
+
     if name == "tiny" or not weights:
-        with torch.random.fork_rng(devices=[]):  # the same tiny network in every run, and nobody else's draws are moved
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the same tiny network in every run, and nobody else's draws are moved
             torch.manual_seed(0)
             return torchaudio.models.wav2vec2_model(**hubert_facts(name)[0])
     bundle = getattr(torchaudio.pipelines, name.upper())
-    try: network = bundle.get_model(dl_kwargs={"weights_only": True})  # tensors only: nothing in the file may run
+    try:
+        network = bundle.get_model(
+            dl_kwargs={"weights_only": True}
+        )  # tensors only: nothing in the file may run
     except Exception as error:  # no network, a proxy, a torn file: each has an exception of its own
-        place, source = Path(torch.hub.get_dir()) / "checkpoints" / bundle._path, f"https://download.pytorch.org/torchaudio/models/{bundle._path}"
-        raise InputError(place, f"cannot be fetched or read ({str(error)[:100]})", f"download {source} on another machine and put it there") from None
+        place, source = (
+            Path(torch.hub.get_dir()) / "checkpoints" / bundle._path,
+            f"https://download.pytorch.org/torchaudio/models/{bundle._path}",
+        )
+        raise InputError(
+            place,
+            f"cannot be fetched or read ({str(error)[:100]})",
+            f"download {source} on another machine and put it there",
+        ) from None
     return getattr(network, "model", network)  # without the wrapper that normalises over padding
 
 # %% ../nbs/05a_hubert.ipynb #7ffe239a
 class Waves:
     "Front end: the wave itself, normalised if the checkpoint wants it; the network runs later, on the device."
+
     feature_dim = 1
 
-    def __init__(self, normalise=False): self.normalise = normalise  # mean 0 and variance 1 over the true length: HuBERT large yes, base no
+    def __init__(self, normalise=False):
+        self.normalise = (
+            normalise  # mean 0 and variance 1 over the true length: HuBERT large yes, base no
+        )
 
     params = property(lambda self: f"hubert-wave-1 normalise={self.normalise}")
 
-    def frames(self, samples): return max(samples, SHORTEST)  # rows of the result
+    def frames(self, samples):
+        return max(samples, SHORTEST)  # rows of the result
 
-    def __call__(self,
-                 wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
-                ):
+    def __call__(
+        self,
+        wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
+    ):
         "(frames(n), 1) float16."
         wave = torch.as_tensor(wave, dtype=torch.float32)
-        if self.normalise and len(wave): wave = F.layer_norm(wave, wave.shape)  # its eps, 1e-5, keeps silence finite
+        if self.normalise and len(wave):
+            wave = F.layer_norm(wave, wave.shape)  # its eps, 1e-5, keeps silence finite
         return F.pad(wave, (0, max(0, SHORTEST - len(wave)))).numpy().astype(np.float16)[:, None]
 
 # %% ../nbs/05a_hubert.ipynb #c7b68b63
 @torch.no_grad()
-def listen(extractor,  # the feature extractor of a torchaudio HuBERT
-           wave,       # (B, n) zero behind the lengths
-           lengths,    # (B,) samples
-          ):
+def listen(
+    extractor,  # the feature extractor of a torchaudio HuBERT
+    wave,  # (B, n) zero behind the lengths
+    lengths,  # (B,) samples
+):
     "(B, T, c) what the convolutions hear, and (B,) frames that count."
-    x, lengths = rearrange(F.pad(wave, (0, max(0, SHORTEST - wave.shape[1]))), "b n -> b 1 n"), lengths.clamp(min=SHORTEST)
+    x, lengths = (
+        rearrange(F.pad(wave, (0, max(0, SHORTEST - wave.shape[1]))), "b n -> b 1 n"),
+        lengths.clamp(min=SHORTEST),
+    )
     for layer in extractor.conv_layers:
-        x, lengths = layer.conv(x), (lengths - layer.kernel_size) // layer.stride + 1       # (B, c, T)
-        if isinstance(layer.layer_norm, nn.GroupNorm):                                      # over time: each clip without its padding
-            for clip, valid in zip(x, lengths.tolist()): clip[:, :valid] = layer.layer_norm(clip[None, :, :valid])[0]
-        elif layer.layer_norm is not None: x = layer.layer_norm(x)                          # over channels: each frame by itself
+        x, lengths = layer.conv(x), (lengths - layer.kernel_size) // layer.stride + 1  # (B, c, T)
+        if isinstance(layer.layer_norm, nn.GroupNorm):  # over time: each clip without its padding
+            for clip, valid in zip(x, lengths.tolist()):
+                clip[:, :valid] = layer.layer_norm(clip[None, :, :valid])[0]
+        elif layer.layer_norm is not None:
+            x = layer.layer_norm(x)  # over channels: each frame by itself
         x = F.gelu(x)
     return rearrange(x, "b c t -> b t c"), lengths
 
 
-def hubert_layers(network,              # a torchaudio Wav2Vec2Model
-                  wave,                 # (B, n)
-                  lengths,              # (B,) samples that count
-                  checkpointing=False,  # keep less for the backward pass, compute it again
-                 ):
+def hubert_layers(
+    network,  # a torchaudio Wav2Vec2Model
+    wave,  # (B, n)
+    lengths,  # (B,) samples that count
+    checkpointing=False,  # keep less for the backward pass, compute it again
+):
     "What every transformer layer says, a list of (B, T, w), and (B,) frames; what lies behind a length changes nothing."
-    wave = wave.masked_fill(~frame_mask(lengths, wave), 0.)
+    wave = wave.masked_fill(~frame_mask(lengths, wave), 0.0)
     x, lengths = listen(network.feature_extractor, wave, lengths)
     mask, transformer, layers = frame_mask(lengths, x), network.encoder.transformer, []
-    x = clean(network.encoder.feature_projection(x), mask)                                  # (B, T, w) zeros for the next line
+    x = clean(network.encoder.feature_projection(x), mask)  # (B, T, w) zeros for the next line
     x = x + transformer.pos_conv_embed(x)
-    if transformer.layer_norm_first: x = transformer.layer_norm(x)                          # base has it here, large at the end
-    x, attend = transformer.dropout(x), mask[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, T, T), a view
+    if transformer.layer_norm_first:
+        x = transformer.layer_norm(x)  # base has it here, large at the end
+    x, attend = (
+        transformer.dropout(x),
+        mask[:, None, None].expand(-1, 1, mask.shape[1], -1),
+    )  # (B, 1, T, T), a view
     for layer in transformer.layers:
         again = checkpointing and torch.is_grad_enabled()
         x = (checkpoint(layer, x, attend, use_reentrant=False) if again else layer(x, attend))[0]
         layers.append(x)
-    return (layers if transformer.layer_norm_first else [*layers[:-1], transformer.layer_norm(x)]), lengths
+    return (
+        layers if transformer.layer_norm_first else [*layers[:-1], transformer.layer_norm(x)]
+    ), lengths
 
 
-def side_by_side(layers,    # list of (B, T, w)
-                 lengths,   # (B,)
-                 weighted,  # all layers, or the last alone
-                ):
+def side_by_side(
+    layers,  # list of (B, T, w)
+    lengths,  # (B,)
+    weighted,  # all layers, or the last alone
+):
     "(B, T, L * w) float32, each layer normalised by itself, zero behind the lengths."
-    features = torch.cat([F.layer_norm(x.float(), x.shape[-1:]) for x in (layers if weighted else layers[-1:])], -1)
+    features = torch.cat(
+        [F.layer_norm(x.float(), x.shape[-1:]) for x in (layers if weighted else layers[-1:])], -1
+    )
     return clean(features, frame_mask(lengths, features))
 
 # %% ../nbs/05a_hubert.ipynb #aaf07be1
@@ -133,118 +187,194 @@ class LayerMean(nn.Module):
         self.weights = nn.Parameter(torch.zeros(layers))
 
     def forward(self, x):  # (B, T, L * w) -> (B, T, w)
-        return torch.einsum("btlw,l->btw", rearrange(x, "b t (l w) -> b t l w", l=len(self.weights)), self.weights.softmax(0).to(x))
+        return torch.einsum(
+            "btlw,l->btw",
+            rearrange(x, "b t (l w) -> b t l w", l=len(self.weights)),
+            self.weights.softmax(0).to(x),
+        )
 
 # %% ../nbs/05a_hubert.ipynb #d86ac9f4
 class Frozen:
     "A network that is loaded when first needed, shared by all copies, and in nobody's parameters or state_dict."
 
-    def __init__(self,
-                 load=None,     # () -> nn.Module; another process loads its own
-                 network=None,  # or one that is there already
-                ):
+    def __init__(
+        self,
+        load=None,  # () -> nn.Module; another process loads its own
+        network=None,  # or one that is there already
+    ):
         self.load, self.network = load, network
 
     def on(self, device):  # the network there, in eval mode and without gradients
-        if self.network is None: self.network = self.load()
+        if self.network is None:
+            self.network = self.load()
         return self.network.eval().requires_grad_(False).to(device)
 
-    def __deepcopy__(self, memo): return self
-    def __getstate__(self): return {"load": self.load, "network": None if self.load else self.network}
+    def __deepcopy__(self, memo):
+        return self
+
+    def __getstate__(self):
+        return {"load": self.load, "network": None if self.load else self.network}
 
 
 class HubertFrames:
     "Front end: what a frozen HuBERT says, every 20 ms, to be computed once."
 
-    def __init__(self,
-                 name,         # of the model, for the cache
-                 network,      # Frozen
-                 normalise,    # as for Waves
-                 weighted,     # all layers side by side, or the last
-                 feature_dim,  # L * w
-                ):
-        self.name, self.network, self.waves, self.weighted, self.feature_dim = name, network, Waves(normalise), weighted, feature_dim
+    def __init__(
+        self,
+        name,  # of the model, for the cache
+        network,  # Frozen
+        normalise,  # as for Waves
+        weighted,  # all layers side by side, or the last
+        feature_dim,  # L * w
+    ):
+        self.name, self.network, self.waves, self.weighted, self.feature_dim = (
+            name,
+            network,
+            Waves(normalise),
+            weighted,
+            feature_dim,
+        )
 
     @property
-    def params(self): return f"hubert-1 {self.name} layers={'all' if self.weighted else 'last'} size={self.feature_dim} {self.waves.params}"
+    def params(self):
+        return f"hubert-1 {self.name} layers={'all' if self.weighted else 'last'} size={self.feature_dim} {self.waves.params}"
 
-    def frames(self, samples): return hubert_frames(samples)
+    def frames(self, samples):
+        return hubert_frames(samples)
 
     @torch.no_grad()
-    def __call__(self,
-                 wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
-                ):
+    def __call__(
+        self,
+        wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
+    ):
         "(T, L * w) float16, T = frames(n)."
-        wave = torch.from_numpy(self.waves(wave)).float()[None, :, 0].to(default_device())  # (1, n) the very samples that an uncached tower gets
-        layers, lengths = hubert_layers(self.network.on(wave.device), wave, torch.tensor([wave.shape[1]], device=wave.device))
+        wave = (
+            torch.from_numpy(self.waves(wave)).float()[None, :, 0].to(default_device())
+        )  # (1, n) the very samples that an uncached tower gets
+        layers, lengths = hubert_layers(
+            self.network.on(wave.device), wave, torch.tensor([wave.shape[1]], device=wave.device)
+        )
         return side_by_side(layers, lengths, self.weighted)[0].cpu().numpy().astype(np.float16)
 
 # %% ../nbs/05a_hubert.ipynb #82017977
 def set_dropout(network, share):  # of activations, in training
     "One dropout for a whole borrowed network, wherever its authors keep it."
     for module in network.modules():
-        if isinstance(module, nn.Dropout): module.p = share
-        for name in {"dropout", "attention_dropout"} & set(vars(module)): setattr(module, name, share)
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        for name in {"dropout", "attention_dropout"} & set(vars(module)):
+            setattr(module, name, share)
 
 
 class HubertTower(nn.Module):
     "HuBERT, frozen or learning, and a small trainable reader on top."
 
-    def __init__(self,
-                 config,          # Config: speech_model, speech_layers, finetune, cache_towers, checkpointing, width, heads, dropout, speech_depth
-                 front_end=None,  # made from the config when left out
-                 backbone=None,   # a torchaudio Wav2Vec2Model; the one that the config names when left out
-                 weights=True,    # False: random where it learns, because a checkpoint of ours brings them
-                ):
+    def __init__(
+        self,
+        config,  # Config: speech_model, speech_layers, finetune, cache_towers, checkpointing, width, heads, dropout, speech_depth
+        front_end=None,  # made from the config when left out
+        backbone=None,  # a torchaudio Wav2Vec2Model; the one that the config names when left out
+        weights=True,  # False: random where it learns, because a checkpoint of ours brings them
+    ):
         super().__init__()
         facts, normalise = hubert_facts(config.speech_model)
         layers, size = facts["encoder_num_layers"], facts["encoder_embed_dim"]
-        if backbone is not None: layers, size = len(backbone.encoder.transformer.layers), backbone.encoder.transformer.pos_conv_embed.embed_dim
-        learns, self.weighted, self.checkpointing = config.finetune in ("speech", "both"), config.speech_layers == "weighted", config.checkpointing
-        self.width, self.feature_dim, self.rungs, self.backbone = config.width, size * (layers if self.weighted else 1), [], None
-        self.frozen = None if learns else Frozen(partial(load_hubert, config.speech_model) if backbone is None else None, backbone)
+        if backbone is not None:
+            layers, size = (
+                len(backbone.encoder.transformer.layers),
+                backbone.encoder.transformer.pos_conv_embed.embed_dim,
+            )
+        learns, self.weighted, self.checkpointing = (
+            config.finetune in ("speech", "both"),
+            config.speech_layers == "weighted",
+            config.checkpointing,
+        )
+        self.width, self.feature_dim, self.rungs, self.backbone = (
+            config.width,
+            size * (layers if self.weighted else 1),
+            [],
+            None,
+        )
+        self.frozen = (
+            None
+            if learns
+            else Frozen(
+                partial(load_hubert, config.speech_model) if backbone is None else None, backbone
+            )
+        )
         if learns:
-            self.backbone = load_hubert(config.speech_model, weights) if backbone is None else backbone
+            self.backbone = (
+                load_hubert(config.speech_model, weights) if backbone is None else backbone
+            )
             set_dropout(self.backbone.train(), config.dropout)
             self.backbone.feature_extractor.requires_grad_(False)
-            self.rungs = [("backbone.",)] + [(f"backbone.encoder.transformer.layers.{layer}.",) for layer in range(layers)]
-            if not self.backbone.encoder.transformer.layer_norm_first: self.rungs[-1] += ("backbone.encoder.transformer.layer_norm.",)
-        name = config.speech_model if backbone is None else f"given-{os.urandom(8).hex()}"   # a strange network's features are never found again
+            self.rungs = [("backbone.",)] + [
+                (f"backbone.encoder.transformer.layers.{layer}.",) for layer in range(layers)
+            ]
+            if not self.backbone.encoder.transformer.layer_norm_first:
+                self.rungs[-1] += ("backbone.encoder.transformer.layer_norm.",)
+        name = (
+            config.speech_model if backbone is None else f"given-{os.urandom(8).hex()}"
+        )  # a strange network's features are never found again
         cached = HubertFrames(name, self.frozen, normalise, self.weighted, self.feature_dim)
-        self.front_end = front_end or (Waves(normalise) if learns or not config.cache_towers else cached)
+        self.front_end = front_end or (
+            Waves(normalise) if learns or not config.cache_towers else cached
+        )
         self.mean = LayerMean(layers) if self.weighted else nn.Identity()
-        self.project = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.width), nn.GELU(), nn.Linear(config.width, config.width), nn.LayerNorm(config.width))
+        self.project = nn.Sequential(
+            nn.LayerNorm(size),
+            nn.Linear(size, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, config.width),
+            nn.LayerNorm(config.width),
+        )
         self.reader = Reader(config, config.speech_depth)
 
     def listen(self, network, features, lengths):  # (B, n, 1), (B,) samples or None
-        if lengths is None: lengths = torch.full(features.shape[:1], features.shape[1], device=features.device)
-        layers, lengths = hubert_layers(network, features[..., 0], lengths.to(features.device), self.checkpointing and self.training)
+        if lengths is None:
+            lengths = torch.full(features.shape[:1], features.shape[1], device=features.device)
+        layers, lengths = hubert_layers(
+            network,
+            features[..., 0],
+            lengths.to(features.device),
+            self.checkpointing and self.training,
+        )
         return side_by_side(layers, lengths, self.weighted), lengths
 
     @torch.no_grad()
-    def prepare(self, features, lengths=None):  # (B, n, 1) waves, (B,) samples; or what is prepared already
+    def prepare(
+        self, features, lengths=None
+    ):  # (B, n, 1) waves, (B,) samples; or what is prepared already
         "(features (B, T, L * w), lengths (B,) frames): the frozen part. Nothing to do if it was cached, or if the network learns."
         done = self.frozen is None or features.shape[-1] != 1
-        return (features, lengths) if done else self.listen(self.frozen.on(features.device), features, lengths)
+        return (
+            (features, lengths)
+            if done
+            else self.listen(self.frozen.on(features.device), features, lengths)
+        )
 
-    def forward(self,
-                features,      # (B, n, 1) waves, or (B, T, L * w) prepared; padded
-                lengths=None,  # (B,) samples or frames that count; all when left out
-               ):
+    def forward(
+        self,
+        features,  # (B, n, 1) waves, or (B, T, L * w) prepared; padded
+        lengths=None,  # (B,) samples or frames that count; all when left out
+    ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); what lies behind a length changes nothing."
         features, lengths = self.prepare(features, lengths)
-        if features.shape[-1] == 1: features, lengths = self.listen(self.backbone, features, lengths)
-        mask = frame_mask(lengths, features)                                                # (B, T)
-        x = self.project(self.mean(clean(features, mask)))                                  # (B, T, w)
+        if features.shape[-1] == 1:
+            features, lengths = self.listen(self.backbone, features, lengths)
+        mask = frame_mask(lengths, features)  # (B, T)
+        x = self.project(self.mean(clean(features, mask)))  # (B, T, w)
         return self.reader(x, position_codes(x.shape[1], self.width).to(x), mask)
 
 # %% ../nbs/05a_hubert.ipynb #d6bc8000
-def rate_factors(tower,  # with .rungs: name prefixes of pretrained parts from the bottom up, empty where nothing of them learns
-                 decay,  # of the learning rate per rung down; 1 = none
-                ):
+def rate_factors(
+    tower,  # with .rungs: name prefixes of pretrained parts from the bottom up, empty where nothing of them learns
+    decay,  # of the learning rate per rung down; 1 = none
+):
     "{name of a learning parameter: factor of its learning rate}; the top rung and everything new have factor 1."
     rungs, factors = getattr(tower, "rungs", []), {}
     for name, parameter in tower.named_parameters():
         height = [height for height, prefixes in enumerate(rungs) if name.startswith(prefixes)]
-        if parameter.requires_grad: factors[name] = decay ** (len(rungs) - 1 - height[-1]) if height else 1.
+        if parameter.requires_grad:
+            factors[name] = decay ** (len(rungs) - 1 - height[-1]) if height else 1.0
     return factors

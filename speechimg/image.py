@@ -17,9 +17,10 @@ from .speech import Reader
 
 # %% ../nbs/04_image.ipynb #df65e0db
 #| exercise: image square
-def square(picture,  # PIL image
-           size,     # side of the result in pixels
-          ):
+def square(
+    picture,  # PIL image
+    size,  # side of the result in pixels
+):
     "The whole picture on a white square, neither cut nor stretched, then resized."
     picture, side = picture.convert("RGB"), max(picture.size)
     if picture.size != (side, side):
@@ -32,35 +33,44 @@ def square(picture,  # PIL image
 #| exercise: image Pixels.__call__
 class Pixels:
     "Front end: the picture itself, small and square."
+
     feature_dim = 3
 
-    def __init__(self,
-                 size=96,  # side in pixels; a multiple of 16
-                ):
-        if size <= 0 or size % 16: raise InputError("size", f"{size} is not a multiple of 16", "choose 64, 96 or 128")
+    def __init__(
+        self,
+        size=96,  # side in pixels; a multiple of 16
+    ):
+        if size <= 0 or size % 16:
+            raise InputError("size", f"{size} is not a multiple of 16", "choose 64, 96 or 128")
         self.size = size
 
     @property
-    def params(self): return f"pixels-1 size={self.size}"
+    def params(self):
+        return f"pixels-1 size={self.size}"
 
-    def __call__(self,
-                 picture,  # PIL image
-                ):
+    def __call__(
+        self,
+        picture,  # PIL image
+    ):
         "(3, size, size) uint8."
-        return np.ascontiguousarray(rearrange(np.asarray(square(picture, self.size)), "h w c -> c h w"))
+        return np.ascontiguousarray(
+            rearrange(np.asarray(square(picture, self.size)), "h w c -> c h w")
+        )
 
 # %% ../nbs/04_image.ipynb #76d3a708
 #| exercise: image patches
-def patches(maps,  # (B, w, Y, X) what convolutions found in each cell of the grid
-           ):
+def patches(
+    maps,  # (B, w, Y, X) what convolutions found in each cell of the grid
+):
     "(B, Y X, w): a token for each cell, row by row."
     return rearrange(maps, "b w y x -> b (y x) w")
 
 # %% ../nbs/04_image.ipynb #5c946d12
 #| exercise: image grid_codes
-def grid_codes(rows,     # (Y, w) a code for each row
-               columns,  # (X, w) a code for each column
-              ):
+def grid_codes(
+    rows,  # (Y, w) a code for each row
+    columns,  # (X, w) a code for each column
+):
     "(Y X, w): the sum of a cell's row code and column code, in the order of `patches`."
     return rearrange(rows[:, None] + columns, "y x w -> (y x) w")
 
@@ -68,13 +78,20 @@ def grid_codes(rows,     # (Y, w) a code for each row
 class ConvBlock(nn.Module):
     "Convolution at half the size, then one at the same size with a short cut."
 
-    def __init__(self,
-                 inlet,   # channels in
-                 outlet,  # channels out
-                ):
+    def __init__(
+        self,
+        inlet,  # channels in
+        outlet,  # channels out
+    ):
         super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(inlet, outlet, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outlet), nn.GELU())
-        self.same = nn.Sequential(nn.Conv2d(outlet, outlet, 3, padding=1, bias=False), nn.BatchNorm2d(outlet), nn.GELU())
+        self.down = nn.Sequential(
+            nn.Conv2d(inlet, outlet, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(outlet),
+            nn.GELU(),
+        )
+        self.same = nn.Sequential(
+            nn.Conv2d(outlet, outlet, 3, padding=1, bias=False), nn.BatchNorm2d(outlet), nn.GELU()
+        )
 
     def forward(self, x):  # (B, inlet, H, W) -> (B, outlet, H/2, W/2)
         x = self.down(x)
@@ -85,23 +102,33 @@ class ConvBlock(nn.Module):
 class ImageTower(nn.Module):
     "Pixels to tokens, from scratch: four halvings (a token per 16 x 16 pixels), row and column codes, a Reader."
 
-    def __init__(self,
-                 config,          # Config: width, heads, dropout, image_depth
-                 front_end=None,  # Pixels() when left out
-                ):
+    def __init__(
+        self,
+        config,  # Config: width, heads, dropout, image_depth
+        front_end=None,  # Pixels() when left out
+    ):
         super().__init__()
         self.front_end, self.width = front_end or Pixels(), config.width
         channels, side = [24, 48, 96, config.width], self.front_end.size // 16
-        first = nn.Sequential(nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.GELU())
-        self.stem = nn.Sequential(first, *(ConvBlock(*pair) for pair in zip(channels, channels[1:])))
+        first = nn.Sequential(
+            nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.GELU(),
+        )
+        self.stem = nn.Sequential(
+            first, *(ConvBlock(*pair) for pair in zip(channels, channels[1:]))
+        )
         self.norm_tokens = nn.LayerNorm(config.width)
-        self.rows, self.columns = (nn.Parameter(torch.randn(side, config.width)) for _ in range(2))  # std 1: as loud as a token
+        self.rows, self.columns = (
+            nn.Parameter(torch.randn(side, config.width)) for _ in range(2)
+        )  # std 1: as loud as a token
         self.reader = Reader(config, config.image_depth)
 
-    def forward(self,
-                features,      # (B, 3, size, size) pixels in 0..1
-                lengths=None,  # ignored: pictures have no padding
-               ):
+    def forward(
+        self,
+        features,  # (B, 3, size, size) pixels in 0..1
+        lengths=None,  # ignored: pictures have no padding
+    ):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True), P = (size / 16)^2, row by row."
-        tokens = patches(self.stem(4 * features - 2))                                      # (B, P, w); 0..1 -> -2..2
+        tokens = patches(self.stem(4 * features - 2))  # (B, P, w); 0..1 -> -2..2
         return self.reader(self.norm_tokens(tokens), grid_codes(self.rows, self.columns))

@@ -24,27 +24,36 @@ from .image import Pixels, square
 from .speech import Reader
 
 # %% ../nbs/05b_large.ipynb #f959f86a
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and spread of the colours that CLIP, an older network for pictures and texts, was trained with; BLIP-2 took them over
+CLIP = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # mean and spread of the colours that CLIP, an older network for pictures and texts, was trained with; BLIP-2 took them over
 
 
 class Blip2Eyes(nn.Module):
     "BLIP-2's image tower, with its Q-Former or without."
 
-    def __init__(self,
-                 model,    # Blip2VisionModelWithProjection
-                 qformer,  # ask the 32 questions, too
-                 mean,     # of red, green and blue, subtracted
-                 spread,   # divided by
-                ):
+    def __init__(
+        self,
+        model,  # Blip2VisionModelWithProjection
+        qformer,  # ask the 32 questions, too
+        mean,  # of red, green and blue, subtracted
+        spread,  # divided by
+    ):
         super().__init__()
         self.vision, self.qformer = model.vision_model, model.qformer if qformer else None
-        if qformer: self.query_tokens = nn.Parameter(model.query_tokens.detach().clone())
-        for name, values in (("mean", mean), ("spread", spread)): self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        if qformer:
+            self.query_tokens = nn.Parameter(model.query_tokens.detach().clone())
+        for name, values in (("mean", mean), ("spread", spread)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels):  # (B, 3, H, W) in 0..1
         "(B, P, w) float32, each token normalised by itself: [CLS] and the patches row by row, or what the Q-Former answers."
-        x = self.vision((pixels - self.mean) / self.spread).last_hidden_state               # (B, 1+P, w)
-        if self.qformer is not None: x = self.qformer(query_embeds=self.query_tokens.expand(len(x), -1, -1), encoder_hidden_states=x).last_hidden_state
+        x = self.vision((pixels - self.mean) / self.spread).last_hidden_state  # (B, 1+P, w)
+        if self.qformer is not None:
+            x = self.qformer(
+                query_embeds=self.query_tokens.expand(len(x), -1, -1), encoder_hidden_states=x
+            ).last_hidden_state
         return F.layer_norm(x.float(), x.shape[-1:])
 
 
@@ -53,143 +62,266 @@ def hushed(transformers):  # the package
     "Without its notes for a while: it reports the language model, which we leave out on purpose, as unexpected, and misses what adapters would need."
     loud = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    try: yield
-    finally: transformers.logging.set_verbosity(loud)
-
-
-def of_transformers(name, model, call):  # class in transformers, BLIP-2 on the hub or in a folder, class -> result
-    "What a call gives; whatever goes wrong becomes an InputError with a remedy."
-    try: import transformers
-    except ImportError: raise InputError("transformers", "BLIP-2 needs this package, and it is not installed", "pip install 'speechimg[pretrained]'") from None
     try:
-        with hushed(transformers): return call(getattr(transformers, name))
+        yield
+    finally:
+        transformers.logging.set_verbosity(loud)
+
+
+def of_transformers(
+    name, model, call
+):  # class in transformers, BLIP-2 on the hub or in a folder, class -> result
+    "What a call gives; whatever goes wrong becomes an InputError with a remedy."
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "transformers",
+            "BLIP-2 needs this package, and it is not installed",
+            "pip install 'speechimg[pretrained]'",
+        ) from None
+    try:
+        with hushed(transformers):
+            return call(getattr(transformers, name))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(model, f"is no BLIP-2 that can be had as safetensors ({str(error)[:160]})",
-                         "check the name and the network, or download it on another machine and give the folder as image_model") from None
+        raise InputError(
+            model,
+            f"is no BLIP-2 that can be had as safetensors ({str(error)[:160]})",
+            "check the name and the network, or download it on another machine and give the folder as image_model",
+        ) from None
 
 
 def blip2_facts(model):  # a hub id, a folder or "tiny"
     "(Blip2Config, mean, spread, mark): sizes and colours of a checkpoint, and a text that changes with its content."
     if model == "tiny":
-        size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-        sizes = dict(vision_config=size | dict(image_size=32, patch_size=8, initializer_range=.05), num_query_tokens=4,
-                     qformer_config=size | dict(cross_attention_frequency=1))
+        size = dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
+        sizes = dict(
+            vision_config=size | dict(image_size=32, patch_size=8, initializer_range=0.05),
+            num_query_tokens=4,
+            qformer_config=size | dict(cross_attention_frequency=1),
+        )
         return of_transformers("Blip2Config", model, lambda kind: kind(**sizes)), *CLIP, "seed 0"
     told = of_transformers("Blip2Config", model, lambda kind: kind.get_config_dict(model)[0])
-    if told.get("model_type") != "blip-2":  # transformers would take the sizes of blip2-opt-2.7b for whatever is not said
-        raise InputError(model, f"holds no BLIP-2 ({told.get('model_type') or 'no config.json'})", "give a BLIP-2 of the hub, such as Salesforce/blip2-opt-2.7b, or a folder with one")
+    if (
+        told.get("model_type") != "blip-2"
+    ):  # transformers would take the sizes of blip2-opt-2.7b for whatever is not said
+        raise InputError(
+            model,
+            f"holds no BLIP-2 ({told.get('model_type') or 'no config.json'})",
+            "give a BLIP-2 of the hub, such as Salesforce/blip2-opt-2.7b, or a folder with one",
+        )
     facts = of_transformers("Blip2Config", model, lambda kind: kind.from_pretrained(model))
     file, folder = None, Path(model)
     if folder.is_dir():
-        file, mark = folder / "preprocessor_config.json", [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(folder.glob("*.safetensors"))]
+        file, mark = (
+            folder / "preprocessor_config.json",
+            [
+                (one.name, one.stat().st_size, one.stat().st_mtime_ns)
+                for one in sorted(folder.glob("*.safetensors"))
+            ],
+        )
     else:
         from huggingface_hub import hf_hub_download
+
         mark = getattr(facts, "_commit_hash", None)
-        try: file = Path(hf_hub_download(model, "preprocessor_config.json"))
-        except Exception: pass  # an old checkpoint without one: the values that all BLIP-2 share
+        try:
+            file = Path(hf_hub_download(model, "preprocessor_config.json"))
+        except Exception:
+            pass  # an old checkpoint without one: the values that all BLIP-2 share
     colours = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
-    return facts, *(tuple(colours.get(key, usual)) for key, usual in zip(("image_mean", "image_std"), CLIP)), str(mark)
+    return (
+        facts,
+        *(tuple(colours.get(key, usual)) for key, usual in zip(("image_mean", "image_std"), CLIP)),
+        str(mark),
+    )
 
 
-def load_blip2(model,         # a hub id, a folder or "tiny"
-               qformer=False, # with the Q-Former
-               weights=True,  # False: random, because a checkpoint of ours will bring them
-              ):
+def load_blip2(
+    model,  # a hub id, a folder or "tiny"
+    qformer=False,  # with the Q-Former
+    weights=True,  # False: random, because a checkpoint of ours will bring them
+):
     "Blip2Eyes with the weights of a full BLIP-2. Raises InputError if one is missing, or if the file could run code."
     facts, mean, spread, _ = blip2_facts(model)
     if model == "tiny" or not weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = of_transformers("Blip2VisionModelWithProjection", model, lambda kind: kind(facts))
+            network = of_transformers(
+                "Blip2VisionModelWithProjection", model, lambda kind: kind(facts)
+            )
             nn.init.normal_(network.query_tokens)
     else:
-        network, told = of_transformers("Blip2VisionModelWithProjection", model, lambda kind: kind.from_pretrained(
-            model, dtype=torch.float32, use_safetensors=True, output_loading_info=True))
-        missing = [name for name in told["missing_keys"] if not name.startswith("vision_projection.")]  # a head that we do not use
-        if missing: raise InputError(model, f"lacks {len(missing)} weights of the image tower, such as {sorted(missing)[0]}", "give a complete BLIP-2")
+        network, told = of_transformers(
+            "Blip2VisionModelWithProjection",
+            model,
+            lambda kind: kind.from_pretrained(
+                model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            ),
+        )
+        missing = [
+            name for name in told["missing_keys"] if not name.startswith("vision_projection.")
+        ]  # a head that we do not use
+        if missing:
+            raise InputError(
+                model,
+                f"lacks {len(missing)} weights of the image tower, such as {sorted(missing)[0]}",
+                "give a complete BLIP-2",
+            )
     return Blip2Eyes(network, qformer, mean, spread)
 
 # %% ../nbs/05b_large.ipynb #1ff4bb6e
 class WholePixels(Pixels):
     "Front end: the picture itself, at any size; the network runs later, on the device."
-    def __init__(self, size): self.size = size  # side in pixels, as the checkpoint wants it: 364 is no multiple of 16
+
+    def __init__(self, size):
+        self.size = size  # side in pixels, as the checkpoint wants it: 364 is no multiple of 16
 
 
 class Blip2Patches:
     "Front end: what a frozen BLIP-2 sees, to be computed once."
 
-    def __init__(self,
-                 name,         # of the model and its content, for the cache
-                 network,      # Frozen
-                 size,         # side of the picture in pixels
-                 feature_dim,  # size of a token
-                ):
+    def __init__(
+        self,
+        name,  # of the model and its content, for the cache
+        network,  # Frozen
+        size,  # side of the picture in pixels
+        feature_dim,  # size of a token
+    ):
         self.name, self.network, self.size, self.feature_dim = name, network, size, feature_dim
 
     @property
-    def params(self): return f"blip2-1 {self.name} size={self.size} feature_dim={self.feature_dim}"
+    def params(self):
+        return f"blip2-1 {self.name} size={self.size} feature_dim={self.feature_dim}"
 
     @torch.no_grad()
-    def __call__(self,
-                 picture,  # PIL image
-                ):
+    def __call__(
+        self,
+        picture,  # PIL image
+    ):
         "(P, w) float16."
-        pixels = torch.from_numpy(rearrange(np.array(square(picture, self.size), dtype=np.float32) / 255, "h w c -> 1 c h w")).to(default_device())
+        pixels = torch.from_numpy(
+            rearrange(
+                np.array(square(picture, self.size), dtype=np.float32) / 255, "h w c -> 1 c h w"
+            )
+        ).to(default_device())
         return self.network.on(pixels.device)(pixels)[0].cpu().numpy().astype(np.float16)
 
 
 class Blip2Tower(nn.Module):
     "BLIP-2's image tower, frozen or learning, and a small trainable reader on top."
 
-    def __init__(self,
-                 config,          # Config: image_model, qformer, finetune, cache_towers, checkpointing, width, heads, dropout, image_depth
-                 front_end=None,  # made from the config when left out
-                 backbone=None,   # Blip2Eyes; the one that the config names when left out
-                 weights=True,    # False: random where it learns, because a checkpoint of ours brings them
-                ):
+    def __init__(
+        self,
+        config,  # Config: image_model, qformer, finetune, cache_towers, checkpointing, width, heads, dropout, image_depth
+        front_end=None,  # made from the config when left out
+        backbone=None,  # Blip2Eyes; the one that the config names when left out
+        weights=True,  # False: random where it learns, because a checkpoint of ours brings them
+    ):
         super().__init__()
-        model, qformer, learns = config.image_model, config.qformer, config.finetune in ("image", "both")
+        model, qformer, learns = (
+            config.image_model,
+            config.qformer,
+            config.finetune in ("image", "both"),
+        )
         facts, mean, spread, mark = blip2_facts(model)
-        pixels, patch, size = facts.vision_config.image_size, facts.vision_config.patch_size, (facts.qformer_config if qformer else facts.vision_config).hidden_size
-        self.width, self.side, self.rungs, self.backbone = config.width, None if qformer else pixels // patch, [], None
-        self.frozen = None if learns else Frozen(partial(load_blip2, model, qformer) if backbone is None else None, backbone)
+        pixels, patch, size = (
+            facts.vision_config.image_size,
+            facts.vision_config.patch_size,
+            (facts.qformer_config if qformer else facts.vision_config).hidden_size,
+        )
+        self.width, self.side, self.rungs, self.backbone = (
+            config.width,
+            None if qformer else pixels // patch,
+            [],
+            None,
+        )
+        self.frozen = (
+            None
+            if learns
+            else Frozen(partial(load_blip2, model, qformer) if backbone is None else None, backbone)
+        )
         if learns:
             self.backbone = load_blip2(model, qformer, weights) if backbone is None else backbone
             set_dropout(self.backbone.train(), config.dropout)
-            parts = [(self.backbone.vision, "vision")] + ([(self.backbone.qformer, "qformer")] if qformer else [])
+            parts = [(self.backbone.vision, "vision")] + (
+                [(self.backbone.qformer, "qformer")] if qformer else []
+            )
             import transformers
-            for part, _ in parts if config.checkpointing else []:                           # the newer name, or the older
-                with hushed(transformers): (getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable)({"use_reentrant": False})
-            rungs = {name: [(f"backbone.{name}.encoder.{layers}.{layer}.",) for layer in range(len(getattr(part.encoder, layers)))]
-                     for part, name in parts for layers in ("layers", "layer") if hasattr(part.encoder, layers)}
+
+            for part, _ in parts if config.checkpointing else []:  # the newer name, or the older
+                with hushed(transformers):
+                    (
+                        getattr(part, "activation_checkpointing_enable", None)
+                        or part.gradient_checkpointing_enable
+                    )({"use_reentrant": False})
+            rungs = {
+                name: [
+                    (f"backbone.{name}.encoder.{layers}.{layer}.",)
+                    for layer in range(len(getattr(part.encoder, layers)))
+                ]
+                for part, name in parts
+                for layers in ("layers", "layer")
+                if hasattr(part.encoder, layers)
+            }
             rungs["vision"][-1] += ("backbone.vision.post_layernorm.",)
-            if qformer: rungs["qformer"][0] += ("backbone.qformer.layernorm.", "backbone.query_tokens")
+            if qformer:
+                rungs["qformer"][0] += ("backbone.qformer.layernorm.", "backbone.query_tokens")
             self.rungs = [("backbone.",)] + sum(rungs.values(), [])
         name = f"{'folder' if Path(model).is_dir() else model} {mark} qformer={qformer} mean={mean} spread={spread}"
-        self.front_end = front_end or (WholePixels(pixels) if learns or not config.cache_towers else Blip2Patches(name, self.frozen, pixels, size))
-        self.project = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.width), nn.GELU(), nn.Linear(config.width, config.width), nn.LayerNorm(config.width))
-        if qformer: self.codes = nn.Parameter(torch.randn(facts.num_query_tokens, config.width))
-        else: self.rows, self.columns, self.cls = (nn.Parameter(torch.randn(n, config.width)) for n in (self.side, self.side, 1))  # std 1: as loud as a token
+        self.front_end = front_end or (
+            WholePixels(pixels)
+            if learns or not config.cache_towers
+            else Blip2Patches(name, self.frozen, pixels, size)
+        )
+        self.project = nn.Sequential(
+            nn.LayerNorm(size),
+            nn.Linear(size, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, config.width),
+            nn.LayerNorm(config.width),
+        )
+        if qformer:
+            self.codes = nn.Parameter(torch.randn(facts.num_query_tokens, config.width))
+        else:
+            self.rows, self.columns, self.cls = (
+                nn.Parameter(torch.randn(n, config.width)) for n in (self.side, self.side, 1)
+            )  # std 1: as loud as a token
         self.reader = Reader(config, config.image_depth)
 
     @torch.no_grad()
-    def prepare(self, features, lengths=None):  # (B, 3, H, W) pixels in 0..1; or what is prepared already
+    def prepare(
+        self, features, lengths=None
+    ):  # (B, 3, H, W) pixels in 0..1; or what is prepared already
         "(features (B, P, w), lengths): the frozen part. Nothing to do if it was cached, or if the network learns."
-        return (features if self.frozen is None or features.dim() == 3 else self.frozen.on(features.device)(features)), lengths
+        return (
+            features
+            if self.frozen is None or features.dim() == 3
+            else self.frozen.on(features.device)(features)
+        ), lengths
 
-    def forward(self,
-                features,      # (B, 3, H, W) pixels in 0..1, or (B, P, w) prepared
-                lengths=None,  # ignored: pictures have no padding
-               ):
+    def forward(
+        self,
+        features,  # (B, 3, H, W) pixels in 0..1, or (B, P, w) prepared
+        lengths=None,  # ignored: pictures have no padding
+    ):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True)."
         features, _ = self.prepare(features)
-        x = self.project(self.backbone(features) if features.dim() == 4 else features)      # (B, P, w)
-        codes = self.codes if self.side is None else torch.cat([self.cls, rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")])  # (P, w)
+        x = self.project(self.backbone(features) if features.dim() == 4 else features)  # (B, P, w)
+        codes = (
+            self.codes
+            if self.side is None
+            else torch.cat(
+                [self.cls, rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")]
+            )
+        )  # (P, w)
         return self.reader(x, codes, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
 
 
-def paper_towers(config,        # Config; towers="paper"
-                 weights=True,  # False: a checkpoint of ours will bring the weights of those that learn
-                ):
+def paper_towers(
+    config,  # Config; towers="paper"
+    weights=True,  # False: a checkpoint of ours will bring the weights of those that learn
+):
     "(HubertTower, Blip2Tower) as the config asks for them."
     return HubertTower(config, weights=weights), Blip2Tower(config, weights=weights)

@@ -20,183 +20,468 @@ from .store import parsed, safe, typed
 @dataclass
 class SplitList:
     "One split of a corpus, told in the common layout."
-    entries: list                                # [{"image", "captions": [{"uttid", "wav", "text", "speaker", "language"}], "where"}]
-    sources: list                                # the files that say so: what a fingerprint is made of
-    faults: list = field(default_factory=list)   # an InputError for each line that cannot be used
-    expected: tuple = (None, None)               # pictures and captions of the whole corpus; None = not known to us
+
+    entries: (
+        list  # [{"image", "captions": [{"uttid", "wav", "text", "speaker", "language"}], "where"}]
+    )
+    sources: list  # the files that say so: what a fingerprint is made of
+    faults: list = field(default_factory=list)  # an InputError for each line that cannot be used
+    expected: tuple = (
+        None,
+        None,
+    )  # pictures and captions of the whole corpus; None = not known to us
+
 
 def tried(faults, make, *arguments):
     "What this makes, or None when it raises an InputError, which is kept."
-    try: return make(*arguments)
-    except InputError as error: faults.append(error)
+    try:
+        return make(*arguments)
+    except InputError as error:
+        faults.append(error)
+
 
 def lines(store, path):
     "[(where, text)] of the lines of a text file that are not empty. Raises InputError."
-    try: text = store.read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error: raise InputError(f"{store.root}/{path}", f"is not UTF-8 text ({error})", "copy it again") from None
-    return [(f"{store.root}/{path} line {number}", line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    try:
+        text = store.read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{store.root}/{path}", f"is not UTF-8 text ({error})", "copy it again"
+        ) from None
+    return [
+        (f"{store.root}/{path} line {number}", line.strip())
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+
 
 def table(store, path):
     "{first word: the rest} of each line of a text file; empty if it is not there. Raises InputError."
     pairs = [line.split(None, 1) for _, line in lines(store, path)] if first(store, [path]) else []
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
+
 def first(store, paths):
     "The first of these files that is there, or None."
     return next((path for path in paths if store.listed(path) is None), None)
 
+
 def placed(store, names, folders, what):
     "The folder under which these files lie, the first of several: one that holds any of the first hundred. Raises InputError."
-    names = [name for name in names if tried([], safe, name, store.root)][:100]  # hostile ones are complained about later, one by one
+    names = [name for name in names if tried([], safe, name, store.root)][
+        :100
+    ]  # hostile ones are complained about later, one by one
     for folder in folders:
-        if not names or any(store.listed(folder + name) is None for name in names): return folder
-    raise InputError(store.root, f"has no {what} such as {names[0]}; looked in {', '.join(folder or 'the folder itself' for folder in folders)}",
-                     "put or link them into one of these folders")
+        if not names or any(store.listed(folder + name) is None for name in names):
+            return folder
+    raise InputError(
+        store.root,
+        f"has no {what} such as {names[0]}; looked in {', '.join(folder or 'the folder itself' for folder in folders)}",
+        "put or link them into one of these folders",
+    )
 
 # %% ../nbs/01c_layouts.ipynb #84489dcc
-TEXTS = ("", "Flickr8k_text/", "flickr_text/")   # where the files of Flickr8k_text.zip may lie
+TEXTS = ("", "Flickr8k_text/", "flickr_text/")  # where the files of Flickr8k_text.zip may lie
+
 
 def flickr8k_texts(store, split):
     "(names of the pictures of a split, {(picture, n): text}, the files that say so). Raises InputError."
-    listed = first(store, [f"{folder}Flickr_8k.{'dev' if split == 'val' else split}Images.txt" for folder in TEXTS])
-    tokens, karpathy = (first(store, [folder + name for folder in TEXTS]) for name in ("Flickr8k.token.txt", "dataset_flickr8k.json"))
+    listed = first(
+        store,
+        [f"{folder}Flickr_8k.{'dev' if split == 'val' else split}Images.txt" for folder in TEXTS],
+    )
+    tokens, karpathy = (
+        first(store, [folder + name for folder in TEXTS])
+        for name in ("Flickr8k.token.txt", "dataset_flickr8k.json")
+    )
     names, texts, images = [], {}, []
     if karpathy and not (listed and tokens):
         where = f"{store.root}/{karpathy}"
         images = typed(parsed(store, karpathy), "images", list, where)
-        names = [typed(image, "filename", str, where) for image in images if typed(image, "split", str, where) == split]
-        texts = {(typed(image, "filename", str, where), n): typed(sentence, "raw", str, where) for image in images for n, sentence in enumerate(typed(image, "sentences", list, where, []))}
-    elif not listed: raise InputError(store.root, "says nowhere which pictures are in which split", f"put Flickr_8k.{{train,dev,test}}Images.txt and Flickr8k.token.txt, or dataset_flickr8k.json, into it or into {TEXTS[1]}")
-    if listed: names = [name for _, name in lines(store, listed)]
+        names = [
+            typed(image, "filename", str, where)
+            for image in images
+            if typed(image, "split", str, where) == split
+        ]
+        texts = {
+            (typed(image, "filename", str, where), n): typed(sentence, "raw", str, where)
+            for image in images
+            for n, sentence in enumerate(typed(image, "sentences", list, where, []))
+        }
+    elif not listed:
+        raise InputError(
+            store.root,
+            "says nowhere which pictures are in which split",
+            f"put Flickr_8k.{{train,dev,test}}Images.txt and Flickr8k.token.txt, or dataset_flickr8k.json, into it or into {TEXTS[1]}",
+        )
+    if listed:
+        names = [name for _, name in lines(store, listed)]
     for _, line in lines(store, tokens) if tokens else ():
         key, _, text = line.partition("\t")
         if match := re.fullmatch(r"(.+\.jpe?g)(\.\d+)?#(\d+)", key):
             place = (match[1], int(match[3]))
-            if match[2]: texts.setdefault(place, text.strip())    # the malformed key never takes the place of a proper one
-            else: texts[place] = text.strip()
+            if match[2]:
+                texts.setdefault(
+                    place, text.strip()
+                )  # the malformed key never takes the place of a proper one
+            else:
+                texts[place] = text.strip()
     return names, texts, [name for name in (listed, tokens, images and karpathy) if name]
+
 
 def read_flickr8k(store, split):
     "Flickr8k Audio: wav2capt.txt says which picture and which of its captions a recording reads. Raises InputError."
     names, texts, sources = flickr8k_texts(store, split)
-    speakers, spoken, faults = table(store, "flickr_audio/wav2spk.txt"), {name: [] for name in names}, []
+    speakers, spoken, faults = (
+        table(store, "flickr_audio/wav2spk.txt"),
+        {name: [] for name in names},
+        [],
+    )
     for where, line in lines(store, "flickr_audio/wav2capt.txt"):
         match = re.fullmatch(r"(\S+)\s+(\S+)\s+#(\d+)", line)
-        if not match: faults.append(InputError(where, f"holds {line!r:.60}", "write `<wav> <image.jpg> #<n>`")); continue
+        if not match:
+            faults.append(
+                InputError(where, f"holds {line!r:.60}", "write `<wav> <image.jpg> #<n>`")
+            )
+            continue
         wav, name, number = match[1], match[2], int(match[3])
-        if name not in spoken: continue                           # another split, or none
-        if texts and (name, number) not in texts: faults.append(InputError(where, f"reads caption {number} of {name}, which has no text", "copy Flickr8k.token.txt again")); continue
-        spoken[name].append((number, {"uttid": PurePosixPath(wav).stem, "wav": f"flickr_audio/wavs/{wav}", "text": texts.get((name, number), ""),
-                                      "speaker": speakers.get(wav, ""), "language": "en"}))
-    images = placed(store, names, ["Images/", "Flicker8k_Dataset/", "Flickr8k_Dataset/", "Flickr8k_Dataset/Flicker8k_Dataset/"], "pictures")
-    entries = [{"image": images + name, "captions": [one for _, one in sorted(captions, key=lambda pair: pair[0])], "where": f"{store.root}/flickr_audio/wav2capt.txt ({name})"}
-               for name, captions in spoken.items()]
-    return SplitList(entries, ["flickr_audio/wav2capt.txt", *sources], faults, {"train": (6_000, 30_000)}.get(split, (1_000, 5_000)))
+        if name not in spoken:
+            continue  # another split, or none
+        if texts and (name, number) not in texts:
+            faults.append(
+                InputError(
+                    where,
+                    f"reads caption {number} of {name}, which has no text",
+                    "copy Flickr8k.token.txt again",
+                )
+            )
+            continue
+        spoken[name].append(
+            (
+                number,
+                {
+                    "uttid": PurePosixPath(wav).stem,
+                    "wav": f"flickr_audio/wavs/{wav}",
+                    "text": texts.get((name, number), ""),
+                    "speaker": speakers.get(wav, ""),
+                    "language": "en",
+                },
+            )
+        )
+    images = placed(
+        store,
+        names,
+        [
+            "Images/",
+            "Flicker8k_Dataset/",
+            "Flickr8k_Dataset/",
+            "Flickr8k_Dataset/Flicker8k_Dataset/",
+        ],
+        "pictures",
+    )
+    entries = [
+        {
+            "image": images + name,
+            "captions": [one for _, one in sorted(captions, key=lambda pair: pair[0])],
+            "where": f"{store.root}/flickr_audio/wav2capt.txt ({name})",
+        }
+        for name, captions in spoken.items()
+    ]
+    return SplitList(
+        entries,
+        ["flickr_audio/wav2capt.txt", *sources],
+        faults,
+        {"train": (6_000, 30_000)}.get(split, (1_000, 5_000)),
+    )
 
 # %% ../nbs/01c_layouts.ipynb #a631076f
-COCO = ("", "mscoco_img/", "images/", "SpokenCOCO/", "coco/", "mscoco/")   # under which train2014/ and val2014/ may lie
+COCO = (
+    "",
+    "mscoco_img/",
+    "images/",
+    "SpokenCOCO/",
+    "coco/",
+    "mscoco/",
+)  # under which train2014/ and val2014/ may lie
+
 
 def read_spokencoco(store, split):
     "SpokenCOCO, official parts or, where dataset_coco.json lies at the root, Karpathy's splits over both. Raises InputError."
-    top, karpathy = "" if first(store, ["SpokenCOCO_train.json", "SpokenCOCO_val.json"]) else "SpokenCOCO/", first(store, ["dataset_coco.json", "SpokenCOCO/dataset_coco.json"])
-    sources, split_of, faults, entries = [f"{top}SpokenCOCO_{part}.json" for part in (("train", "val") if karpathy else (split,))], {}, [], []
+    top, karpathy = (
+        "" if first(store, ["SpokenCOCO_train.json", "SpokenCOCO_val.json"]) else "SpokenCOCO/",
+        first(store, ["dataset_coco.json", "SpokenCOCO/dataset_coco.json"]),
+    )
+    sources, split_of, faults, entries = (
+        [f"{top}SpokenCOCO_{part}.json" for part in (("train", "val") if karpathy else (split,))],
+        {},
+        [],
+        [],
+    )
     if karpathy:
         for image in typed(parsed(store, karpathy), "images", list, f"{store.root}/{karpathy}"):
-            name, part = (typed(image, key, str, f"{store.root}/{karpathy}") for key in ("filename", "split"))
+            name, part = (
+                typed(image, key, str, f"{store.root}/{karpathy}") for key in ("filename", "split")
+            )
             split_of[name] = "train" if part == "restval" else part
     for source in sources:
-        for number, entry in enumerate(typed(parsed(store, source), "data", list, f"{store.root}/{source}")):
+        for number, entry in enumerate(
+            typed(parsed(store, source), "data", list, f"{store.root}/{source}")
+        ):
             where = f"{store.root}/{source} entry {number}"
             name = tried(faults, typed, entry, "image", str, where)
-            if name is None or karpathy and split_of.get(PurePosixPath(name).name) != split: continue
-            entries.append({"image": name, "captions": tried(faults, typed, entry, "captions", list, where, []) or [], "where": where})
+            if name is None or karpathy and split_of.get(PurePosixPath(name).name) != split:
+                continue
+            entries.append(
+                {
+                    "image": name,
+                    "captions": tried(faults, typed, entry, "captions", list, where, []) or [],
+                    "where": where,
+                }
+            )
     for entry in entries:
-        entry["captions"] = [one | {"wav": top + one["wav"], "language": "en"} if isinstance(one, dict) and isinstance(one.get("wav"), str) else one for one in entry["captions"]]
-    images = {}                                                   # the two folders of COCO may lie in different places
+        entry["captions"] = [
+            one | {"wav": top + one["wav"], "language": "en"}
+            if isinstance(one, dict) and isinstance(one.get("wav"), str)
+            else one
+            for one in entry["captions"]
+        ]
+    images = {}  # the two folders of COCO may lie in different places
     for folder in {PurePosixPath(entry["image"]).parts[:1] for entry in entries}:
         part = [entry for entry in entries if PurePosixPath(entry["image"]).parts[:1] == folder]
         images[folder] = placed(store, [entry["image"] for entry in part], COCO, "pictures")
-        for entry in part: entry["image"] = images[folder] + entry["image"]
-    expected = {"train": (113_287, None), "val": (5_000, None), "test": (5_000, 25_031)} if karpathy else {"train": (82_783, None), "val": (40_504, None)}
+        for entry in part:
+            entry["image"] = images[folder] + entry["image"]
+    expected = (
+        {"train": (113_287, None), "val": (5_000, None), "test": (5_000, 25_031)}
+        if karpathy
+        else {"train": (82_783, None), "val": (40_504, None)}
+    )
     return SplitList(entries, sources + [karpathy] * bool(karpathy), faults, expected[split])
 
 # %% ../nbs/01c_layouts.ipynb #a80b7343
 YEAR = "_2020.json"
+
 
 def places_files(store):
     "{split: its JSON file} of Places Audio."
     top = "PlacesAudio_400k_distro/" if "PlacesAudio_400k_distro" in store.listing("") else ""
     there = store.listing(top + "metadata")
     old = {name[:-5]: name for name in ("train.json", "val.json", "test.json") if name in there}
-    new = {part: part + YEAR for part in ("train", "dev_seen", "dev_unseen", "test_seen", "test_unseen") if part + YEAR in there}
-    if "train" in old and "train" in new: new["train_2020"] = new.pop("train")
-    if "val" not in old and "dev_seen" in new: new = {"val" if part == "dev_seen" else part: name for part, name in new.items()}
+    new = {
+        part: part + YEAR
+        for part in ("train", "dev_seen", "dev_unseen", "test_seen", "test_unseen")
+        if part + YEAR in there
+    }
+    if "train" in old and "train" in new:
+        new["train_2020"] = new.pop("train")
+    if "val" not in old and "dev_seen" in new:
+        new = {"val" if part == "dev_seen" else part: name for part, name in new.items()}
     return {split: f"{top}metadata/{name}" for split, name in (old | new).items()}
+
 
 def read_places(store, split):
     "Places Audio: one row per recording, gathered by picture. Raises InputError."
     source, faults, rows, spoken = places_files(store)[split], [], [], {}
     top, content = source.rpartition("metadata/")[0], parsed(store, source)
-    known = {"asr_text": table(store, f"{top}metadata/utt2ASR"), "speaker": table(store, f"{top}metadata/utt2spk")}
-    bases = {key: [base.rstrip("/") + "/"] if (base := tried([], safe, content.get(key), source)) else [] for key in ("image_base_path", "audio_base_path")} if isinstance(content, dict) else {}
+    known = {
+        "asr_text": table(store, f"{top}metadata/utt2ASR"),
+        "speaker": table(store, f"{top}metadata/utt2spk"),
+    }
+    bases = (
+        {
+            key: [base.rstrip("/") + "/"]
+            if (base := tried([], safe, content.get(key), source))
+            else []
+            for key in ("image_base_path", "audio_base_path")
+        }
+        if isinstance(content, dict)
+        else {}
+    )
     for number, row in enumerate(typed(content, "data", list, f"{store.root}/{source}")):
         where = f"{store.root}/{source} entry {number}"
-        pair = [tried(faults, typed, row, key, str, where) for key in ("image", "wav")] if isinstance(row, dict) else [tried(faults, typed, row, "image", str, where)]
-        if None not in pair: rows.append((where, *pair, row))
-    folder = ["Places205/", "places205/", "images256/", "images/", "", "data/vision/torralba/deeplearning/images256/", "vision/torralba/deeplearning/images256/"]
-    images = placed(store, [image for _, image, *_ in rows], [base + one for base in dict.fromkeys(["", top]) for one in bases["image_base_path"] + folder], "pictures")
-    sounds = placed(store, [wav for _, _, wav, _ in rows], list(dict.fromkeys([top, *bases["audio_base_path"], ""])), "recordings")
+        pair = (
+            [tried(faults, typed, row, key, str, where) for key in ("image", "wav")]
+            if isinstance(row, dict)
+            else [tried(faults, typed, row, "image", str, where)]
+        )
+        if None not in pair:
+            rows.append((where, *pair, row))
+    folder = [
+        "Places205/",
+        "places205/",
+        "images256/",
+        "images/",
+        "",
+        "data/vision/torralba/deeplearning/images256/",
+        "vision/torralba/deeplearning/images256/",
+    ]
+    images = placed(
+        store,
+        [image for _, image, *_ in rows],
+        [
+            base + one
+            for base in dict.fromkeys(["", top])
+            for one in bases["image_base_path"] + folder
+        ],
+        "pictures",
+    )
+    sounds = placed(
+        store,
+        [wav for _, _, wav, _ in rows],
+        list(dict.fromkeys([top, *bases["audio_base_path"], ""])),
+        "recordings",
+    )
     for where, image, wav, row in rows:
         uttid = row.get("uttid", PurePosixPath(wav).stem)
-        text, speaker = (row.get(key, known[key].get(uttid, "") if isinstance(uttid, str) else "") for key in ("asr_text", "speaker"))
-        spoken.setdefault(image, {"image": images + image, "captions": [], "where": where})["captions"].append(
-            {"uttid": uttid, "wav": sounds + wav, "text": text, "speaker": speaker, "language": "en"})
-    return SplitList(list(spoken.values()), [source], faults, (1_000, 1_000) if source.endswith("/val.json") else (None, None))
+        text, speaker = (
+            row.get(key, known[key].get(uttid, "") if isinstance(uttid, str) else "")
+            for key in ("asr_text", "speaker")
+        )
+        spoken.setdefault(image, {"image": images + image, "captions": [], "where": where})[
+            "captions"
+        ].append(
+            {
+                "uttid": uttid,
+                "wav": sounds + wav,
+                "text": text,
+                "speaker": speaker,
+                "language": "en",
+            }
+        )
+    return SplitList(
+        list(spoken.values()),
+        [source],
+        faults,
+        (1_000, 1_000) if source.endswith("/val.json") else (None, None),
+    )
 
 # %% ../nbs/01c_layouts.ipynb #b19e941f
 def read_speech_coco(store, split):
     "SPEECH-COCO: one JSON file per recording, gathered by picture. Raises InputError."
-    part = next(f"{top}{split}2014/" for top in ("", "CORPUS-MSCOCO/") if "json" in store.listing(f"{top}{split}2014"))
-    names, faults, spoken = sorted(name for name in store.listing(part + "json") if name.endswith(".json")), [], {}
-    if not names: raise InputError(f"{store.root}/{part}json", "holds no .json files", "unpack the JSON files of SPEECH-COCO there, one per recording")
-    with ThreadPoolExecutor(16) as pool: contents = list(pool.map(lambda name: tried(faults, parsed, store, f"{part}json/{name}"), names))
+    part = next(
+        f"{top}{split}2014/"
+        for top in ("", "CORPUS-MSCOCO/")
+        if "json" in store.listing(f"{top}{split}2014")
+    )
+    names, faults, spoken = (
+        sorted(name for name in store.listing(part + "json") if name.endswith(".json")),
+        [],
+        {},
+    )
+    if not names:
+        raise InputError(
+            f"{store.root}/{part}json",
+            "holds no .json files",
+            "unpack the JSON files of SPEECH-COCO there, one per recording",
+        )
+    with ThreadPoolExecutor(16) as pool:
+        contents = list(
+            pool.map(lambda name: tried(faults, parsed, store, f"{part}json/{name}"), names)
+        )
     for name, content in zip(names, contents):
         where = f"{store.root}/{part}json/{name}"
-        if content is None: continue
-        facts = tried(faults, lambda: [typed(content, "imgID", int, where), typed(content, "captionID", int, where, 0), typed(content, "wavFilename", str, where, f"{name[:-5]}.wav"),
-                                       *(typed(content, key, str, where, "") for key in ("synthesisedCaption", "speaker"))])
-        if facts: spoken.setdefault(facts[0], []).append((facts[1], {"uttid": PurePosixPath(facts[2]).stem, "wav": f"{part}wav/{facts[2]}", "text": facts[3], "speaker": facts[4], "language": "en"}))
+        if content is None:
+            continue
+        facts = tried(
+            faults,
+            lambda: [
+                typed(content, "imgID", int, where),
+                typed(content, "captionID", int, where, 0),
+                typed(content, "wavFilename", str, where, f"{name[:-5]}.wav"),
+                *(typed(content, key, str, where, "") for key in ("synthesisedCaption", "speaker")),
+            ],
+        )
+        if facts:
+            spoken.setdefault(facts[0], []).append(
+                (
+                    facts[1],
+                    {
+                        "uttid": PurePosixPath(facts[2]).stem,
+                        "wav": f"{part}wav/{facts[2]}",
+                        "text": facts[3],
+                        "speaker": facts[4],
+                        "language": "en",
+                    },
+                )
+            )
     image = lambda number: f"{split}2014/COCO_{split}2014_{number:012d}.jpg"
     images = placed(store, map(image, spoken), (*COCO, "CORPUS-MSCOCO/"), "pictures")
-    entries = [{"image": images + image(number), "captions": [one for _, one in sorted(captions, key=lambda pair: pair[0])], "where": f"{store.root}/{part}json (image {number})"}
-               for number, captions in spoken.items()]
+    entries = [
+        {
+            "image": images + image(number),
+            "captions": [one for _, one in sorted(captions, key=lambda pair: pair[0])],
+            "where": f"{store.root}/{part}json (image {number})",
+        }
+        for number, captions in spoken.items()
+    ]
     return SplitList(entries, [], faults, ({"train": 82_783, "val": 40_504}[split], None))
 
 # %% ../nbs/01c_layouts.ipynb #afc4d415
-READERS = {"flickr8k": read_flickr8k, "speech_coco": read_speech_coco, "spokencoco": read_spokencoco, "places": read_places}
+READERS = {
+    "flickr8k": read_flickr8k,
+    "speech_coco": read_speech_coco,
+    "spokencoco": read_spokencoco,
+    "places": read_places,
+}
+
 
 def detect(store):
     "The name of the layout that a folder or archive has, one of READERS; None for our own, or none."
     top = store.listing("")
-    if {"train.json", "val.json", "test.json"} & set(top): return None
-    if "wav2capt.txt" in store.listing("flickr_audio"): return "flickr8k"
-    if any("json" in store.listing(f"{above}{part}2014") for above in ("", "CORPUS-MSCOCO/") for part in ("train", "val")): return "speech_coco"
-    if any(first(store, [f"{above}SpokenCOCO_{part}.json" for above in ("", "SpokenCOCO/")]) for part in ("train", "val")): return "spokencoco"
+    if {"train.json", "val.json", "test.json"} & set(top):
+        return None
+    if "wav2capt.txt" in store.listing("flickr_audio"):
+        return "flickr8k"
+    if any(
+        "json" in store.listing(f"{above}{part}2014")
+        for above in ("", "CORPUS-MSCOCO/")
+        for part in ("train", "val")
+    ):
+        return "speech_coco"
+    if any(
+        first(store, [f"{above}SpokenCOCO_{part}.json" for above in ("", "SpokenCOCO/")])
+        for part in ("train", "val")
+    ):
+        return "spokencoco"
     return "places" if places_files(store) else None
+
 
 def layout_splits(store):
     "The names of the splits of a folder in one of these layouts."
     layout = detect(store)
-    if layout == "flickr8k": return ["train", "val", "test"]
-    if layout == "speech_coco": return [part for part in ("train", "val") if any("json" in store.listing(f"{above}{part}2014") for above in ("", "CORPUS-MSCOCO/"))]
-    if layout == "places": return list(places_files(store))
+    if layout == "flickr8k":
+        return ["train", "val", "test"]
+    if layout == "speech_coco":
+        return [
+            part
+            for part in ("train", "val")
+            if any(
+                "json" in store.listing(f"{above}{part}2014") for above in ("", "CORPUS-MSCOCO/")
+            )
+        ]
+    if layout == "places":
+        return list(places_files(store))
     karpathy = first(store, ["dataset_coco.json", "SpokenCOCO/dataset_coco.json"])
-    return ["train", "val", "test"] if karpathy else [part for part in ("train", "val") if first(store, [f"{above}SpokenCOCO_{part}.json" for above in ("", "SpokenCOCO/")])]
+    return (
+        ["train", "val", "test"]
+        if karpathy
+        else [
+            part
+            for part in ("train", "val")
+            if first(store, [f"{above}SpokenCOCO_{part}.json" for above in ("", "SpokenCOCO/")])
+        ]
+    )
+
 
 def alias(store, split):
     "The name that a split has here: what Flickr8k and Places call `dev` is `val`."
-    other = {("flickr8k", "dev"): "val", ("places", "dev"): "val", ("places", "dev_seen"): "val"}.get((detect(store), split))
+    other = {
+        ("flickr8k", "dev"): "val",
+        ("places", "dev"): "val",
+        ("places", "dev_seen"): "val",
+    }.get((detect(store), split))
     return other if other and split not in layout_splits(store) else split
+
 
 def read_layout(store, split):
     "One split of a folder in one of these layouts, as a SplitList. Raises InputError."

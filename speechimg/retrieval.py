@@ -26,60 +26,110 @@ from .model import SpeechImageModel
 
 # %% ../nbs/12_retrieval.ipynb #d5391a42
 #| exercise: retrieval
-def hit_probability(above, tied, positive, k):  # (Q,) answers above the best right one, sharing its score, right among these; first k count
+def hit_probability(
+    above, tied, positive, k
+):  # (Q,) answers above the best right one, sharing its score, right among these; first k count
     "(Q,) chance of a right answer among the first k when ties are broken at random: 1 - C(t-p, r) / C(t, r)."
-    places = (k - above).clamp(min=0).minimum(tied).double()        # r: places among the first k left to the tied
+    places = (
+        (k - above).clamp(min=0).minimum(tied).double()
+    )  # r: places among the first k left to the tied
     miss = torch.ones_like(places)
-    for i in range(int(positive.max())):                            # C(t-p, r) / C(t, r) as a product over the p right ones
+    for i in range(int(positive.max())):  # C(t-p, r) / C(t, r) as a product over the p right ones
         share = (tied - places - i).clamp(min=0) / (tied - i).clamp(min=1)
         miss = torch.where(positive > i, miss * share, miss)
     return 1 - miss
 
 # %% ../nbs/12_retrieval.ipynb #ed890dcb
 #| exercise: retrieval
-def recall_at_k(scores,          # (n_speech, n_image) higher = better match
-                image_of,        # (n_speech,) column of each recording's own image
-                ks=(1, 5, 10),   # how many answers one may look at
-               ):
+def recall_at_k(
+    scores,  # (n_speech, n_image) higher = better match
+    image_of,  # (n_speech,) column of each recording's own image
+    ks=(1, 5, 10),  # how many answers one may look at
+):
     "Recall in %, both directions, expected under random tie-breaking. Raises ValueError for NaN or odd shapes."
     scores, image_of = torch.as_tensor(scores), torch.as_tensor(image_of).long()
     if scores.ndim != 2 or not scores.numel() or image_of.shape != scores.shape[:1]:
-        raise ValueError(f"recall_at_k: need scores (n_speech, n_image) and image_of (n_speech,), got {tuple(scores.shape)} and {tuple(image_of.shape)}")
-    if image_of.min() < 0 or image_of.max() >= scores.shape[1]: raise ValueError(f"recall_at_k: image_of must lie in 0..{scores.shape[1] - 1}")
-    if not scores.is_floating_point(): scores = scores.double()
-    if scores.isnan().any(): raise ValueError("recall_at_k: the scores hold NaN; a model that diverged has no ranking")
-    own, n_image = scores.gather(1, image_of[:, None]).squeeze(1), scores.shape[1]                # (n_speech,) score of the right picture
-    best = scores.new_full((n_image,), -torch.inf).scatter_reduce(0, image_of, own, "amax")      # (n_image,) best of each picture's recordings
-    right = image_of.new_zeros(n_image).scatter_add(0, image_of, (own == best[image_of]).long())  # (n_image,) how many share that best score
-    above, tied, asked = (scores > best).sum(0), (scores == best).sum(0), right > 0              # a picture without recordings asks nothing
-    counts = {"speech_to_image": ((scores > own[:, None]).sum(1), (scores == own[:, None]).sum(1), torch.ones_like(image_of)),
-              "image_to_speech": (above[asked], tied[asked], right[asked])}
-    return {direction: {k: 100 * hit_probability(*count, k).mean().item() for k in ks} for direction, count in counts.items()}
+        raise ValueError(
+            f"recall_at_k: need scores (n_speech, n_image) and image_of (n_speech,), got {tuple(scores.shape)} and {tuple(image_of.shape)}"
+        )
+    if image_of.min() < 0 or image_of.max() >= scores.shape[1]:
+        raise ValueError(f"recall_at_k: image_of must lie in 0..{scores.shape[1] - 1}")
+    if not scores.is_floating_point():
+        scores = scores.double()
+    if scores.isnan().any():
+        raise ValueError("recall_at_k: the scores hold NaN; a model that diverged has no ranking")
+    own, n_image = (
+        scores.gather(1, image_of[:, None]).squeeze(1),
+        scores.shape[1],
+    )  # (n_speech,) score of the right picture
+    best = scores.new_full((n_image,), -torch.inf).scatter_reduce(
+        0, image_of, own, "amax"
+    )  # (n_image,) best of each picture's recordings
+    right = image_of.new_zeros(n_image).scatter_add(
+        0, image_of, (own == best[image_of]).long()
+    )  # (n_image,) how many share that best score
+    above, tied, asked = (
+        (scores > best).sum(0),
+        (scores == best).sum(0),
+        right > 0,
+    )  # a picture without recordings asks nothing
+    counts = {
+        "speech_to_image": (
+            (scores > own[:, None]).sum(1),
+            (scores == own[:, None]).sum(1),
+            torch.ones_like(image_of),
+        ),
+        "image_to_speech": (above[asked], tied[asked], right[asked]),
+    }
+    return {
+        direction: {k: 100 * hit_probability(*count, k).mean().item() for k in ks}
+        for direction, count in counts.items()
+    }
 
 # %% ../nbs/12_retrieval.ipynb #609c50cc
 #| exercise: retrieval
-def rerank(coarse,         # (Q, N) coarse score of every query and candidate
-           score_pairs,    # (query_idx (n,), candidate_idx (n,)) -> (n,) fine scores
-           k,              # candidates that each query re-ranks; more than N means all, 0 none
-           mode="sim",     # "sim": the fine score alone (ALBEF); "sum": fine + coarse (BLIP, LAVIS)
-           chunk=8192,     # pairs per call of score_pairs
-          ):
+def rerank(
+    coarse,  # (Q, N) coarse score of every query and candidate
+    score_pairs,  # (query_idx (n,), candidate_idx (n,)) -> (n,) fine scores
+    k,  # candidates that each query re-ranks; more than N means all, 0 none
+    mode="sim",  # "sim": the fine score alone (ALBEF); "sum": fine + coarse (BLIP, LAVIS)
+    chunk=8192,  # pairs per call of score_pairs
+):
     "(Q, N) final scores: each query's own k best re-ordered, the rest strictly below in coarse order (ties stay ties). Raises ValueError."
-    if mode not in ("sim", "sum"): raise ValueError(f"rerank: mode must be 'sim' or 'sum', got {mode!r}")
-    if coarse.isnan().any(): raise ValueError("rerank: the coarse scores hold NaN")
+    if mode not in ("sim", "sum"):
+        raise ValueError(f"rerank: mode must be 'sim' or 'sum', got {mode!r}")
+    if coarse.isnan().any():
+        raise ValueError("rerank: the coarse scores hold NaN")
     k = min(k, coarse.shape[1])
-    if k < 1 or not len(coarse): return coarse.clone()
-    values, order = coarse.sort(dim=1, descending=True, stable=True)                             # equal scores: lower index first
-    queries = torch.arange(len(coarse), device=coarse.device).repeat_interleave(k)               # 0 0 .. 1 1 .., (Q * k,)
+    if k < 1 or not len(coarse):
+        return coarse.clone()
+    values, order = coarse.sort(
+        dim=1, descending=True, stable=True
+    )  # equal scores: lower index first
+    queries = torch.arange(len(coarse), device=coarse.device).repeat_interleave(
+        k
+    )  # 0 0 .. 1 1 .., (Q * k,)
     pairs = zip(queries.split(chunk), rearrange(order[:, :k], "q k -> (q k)").split(chunk))
-    fine = rearrange(torch.cat([score_pairs(*pair).to(coarse.device) for pair in pairs]), "(q k) -> q k", k=k)
-    if mode == "sum": fine = fine + values[:, :k]
+    fine = rearrange(
+        torch.cat([score_pairs(*pair).to(coarse.device) for pair in pairs]), "(q k) -> q k", k=k
+    )
+    if mode == "sum":
+        fine = fine + values[:, :k]
     for row, place in (~fine.isfinite()).nonzero().tolist():
-        raise ValueError(f"rerank: the fine score of query {row} and candidate {order[row, place]} is {fine[row, place]}; scores must be finite")
-    fine = fine.to(torch.promote_types(torch.promote_types(coarse.dtype, fine.dtype), torch.float32))
-    floor = fine.amin(1, keepdim=True); step = (floor.abs() / 1000).clamp(min=1)                 # (Q, 1) worst candidate; a step that counts
-    level = 1 + (values[:, k:] != values[:, k - 1:-1]).cumsum(1)                                 # (Q, N-k) 1 + how many distinct values above
-    return torch.empty_like(coarse, dtype=fine.dtype).scatter_(1, order, torch.cat([fine, floor - level * step], 1))
+        raise ValueError(
+            f"rerank: the fine score of query {row} and candidate {order[row, place]} is {fine[row, place]}; scores must be finite"
+        )
+    fine = fine.to(
+        torch.promote_types(torch.promote_types(coarse.dtype, fine.dtype), torch.float32)
+    )
+    floor = fine.amin(1, keepdim=True)
+    step = (floor.abs() / 1000).clamp(min=1)  # (Q, 1) worst candidate; a step that counts
+    level = 1 + (values[:, k:] != values[:, k - 1 : -1]).cumsum(
+        1
+    )  # (Q, N-k) 1 + how many distinct values above
+    return torch.empty_like(coarse, dtype=fine.dtype).scatter_(
+        1, order, torch.cat([fine, floor - level * step], 1)
+    )
 
 # %% ../nbs/12_retrieval.ipynb #33e5d561
 @contextmanager
@@ -87,159 +137,315 @@ def judging(model):  # any nn.Module
     "No gradient and no dropout for a while; yields the model's device and leaves the model in the mode it was in."
     training = model.training
     try:
-        with torch.inference_mode(): yield next(model.eval().parameters()).device
-    finally: model.train(training)
+        with torch.inference_mode():
+            yield next(model.eval().parameters()).device
+    finally:
+        model.train(training)
 
 # %% ../nbs/12_retrieval.ipynb #da4184f6
 class Embeddings(NamedTuple):
     "A corpus as the model sees it, float32 on the CPU: one vector each for the coarse stage, all tokens for the fine one."
-    speech: torch.Tensor        # (n, d) unit length
-    image: torch.Tensor         # (m, d)
-    speech_tokens: list         # n times (1+T, w), without padding
+
+    speech: torch.Tensor  # (n, d) unit length
+    image: torch.Tensor  # (m, d)
+    speech_tokens: list  # n times (1+T, w), without padding
     image_tokens: torch.Tensor  # (m, 1+P, w)
-    image_of: torch.Tensor      # (n,) column of each recording's own image
+    image_of: torch.Tensor  # (n,) column of each recording's own image
 
 # %% ../nbs/12_retrieval.ipynb #1c03a9d3
-def embed(model, features, batch_size=64):  # SpeechImageModel, data.Features, recordings or pictures per forward pass
+def embed(
+    model, features, batch_size=64
+):  # SpeechImageModel, data.Features, recordings or pictures per forward pass
     "Embeddings of all recordings and all pictures."
-    frames, grids, lengths = features.speech, features.image, getattr(features, "lengths", None)  # perhaps on the disk: one batch at a time is read
+    frames, grids, lengths = (
+        features.speech,
+        features.image,
+        getattr(features, "lengths", None),
+    )  # perhaps on the disk: one batch at a time is read
     speech, tokens, images = torch.zeros(len(frames), model.config.dim), [None] * len(frames), []
-    order = sorted(range(len(frames)), key=lambda place: len(frames[place]) if lengths is None else lengths[place])  # like lengths together: little padding
+    order = sorted(
+        range(len(frames)),
+        key=lambda place: len(frames[place]) if lengths is None else lengths[place],
+    )  # like lengths together: little padding
     with judging(model) as device:
-        for rows in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
+        for rows in (
+            order[start : start + batch_size] for start in range(0, len(order), batch_size)
+        ):
             some = [torch.as_tensor(frames[row]).float() for row in rows]
-            out = model.encode_speech(pad_sequence(some, batch_first=True).to(device), torch.tensor([len(one) for one in some], device=device))  # (B, T, F)
+            out = model.encode_speech(
+                pad_sequence(some, batch_first=True).to(device),
+                torch.tensor([len(one) for one in some], device=device),
+            )  # (B, T, F)
             speech[rows] = out.embedding.cpu()
-            for row, token, mask in zip(rows, out.tokens.float().cpu(), out.mask.cpu()): tokens[row] = token[mask]
-        for some in (torch.stack([torch.as_tensor(grids[place]) for place in range(start, min(start + batch_size, len(grids)))]) for start in range(0, len(grids), batch_size)):
-            out = model.encode_image((some / 255 if some.dtype == torch.uint8 else some.float()).to(device))  # pixels to [0, 1], as in collate
+            for row, token, mask in zip(rows, out.tokens.float().cpu(), out.mask.cpu()):
+                tokens[row] = token[mask]
+        for some in (
+            torch.stack(
+                [
+                    torch.as_tensor(grids[place])
+                    for place in range(start, min(start + batch_size, len(grids)))
+                ]
+            )
+            for start in range(0, len(grids), batch_size)
+        ):
+            out = model.encode_image(
+                (some / 255 if some.dtype == torch.uint8 else some.float()).to(device)
+            )  # pixels to [0, 1], as in collate
             images.append((out.embedding.cpu(), out.tokens.float().cpu()))
     image, image_tokens = (torch.cat(parts) for parts in zip(*images)) if images else (None, None)
     return Embeddings(speech, image, tokens, image_tokens, features.image_of)
 
 # %% ../nbs/12_retrieval.ipynb #389e4ba9
-def pair_scorer(model, embeddings, direction="speech_to_image", batch_size=128):  # or "image_to_speech"; pairs per forward pass
+def pair_scorer(
+    model, embeddings, direction="speech_to_image", batch_size=128
+):  # or "image_to_speech"; pairs per forward pass
     "A function (query_idx (n,), candidate_idx (n,)) -> (n,) matching scores, the logit of class 1."
+
     def score_pairs(query_idx, candidate_idx):
-        pairs = (query_idx, candidate_idx) if direction == "speech_to_image" else (candidate_idx, query_idx)
-        with judging(model): return model.fusion.judge_many(embeddings.speech_tokens, embeddings.image_tokens, pairs, batch_size)[:, 1]
+        pairs = (
+            (query_idx, candidate_idx)
+            if direction == "speech_to_image"
+            else (candidate_idx, query_idx)
+        )
+        with judging(model):
+            return model.fusion.judge_many(
+                embeddings.speech_tokens, embeddings.image_tokens, pairs, batch_size
+            )[:, 1]
+
     return score_pairs
 
 # %% ../nbs/12_retrieval.ipynb #ba65bba4
-def two_stages(model, embeddings, k=16, direction="speech_to_image"):  # as above; k candidates that each query re-ranks
+def two_stages(
+    model, embeddings, k=16, direction="speech_to_image"
+):  # as above; k candidates that each query re-ranks
     "Scores before and after re-ranking: twice (n_speech, n_image), or (n_image, n_speech) for image to speech."
-    coarse = embeddings.speech @ embeddings.image.T                                              # (n, d) x (d, m), cosines
-    if direction == "image_to_speech": coarse = coarse.T
-    scaled, mode = (coarse / model.temperature.item(), "sum") if model.config.score_mode == "logits" else (coarse, model.config.score_mode)
-    return coarse, rerank(scaled, pair_scorer(model, embeddings, direction), k, mode, 2**17)          # the more pairs at a time, the more is shared
+    coarse = embeddings.speech @ embeddings.image.T  # (n, d) x (d, m), cosines
+    if direction == "image_to_speech":
+        coarse = coarse.T
+    scaled, mode = (
+        (coarse / model.temperature.item(), "sum")
+        if model.config.score_mode == "logits"
+        else (coarse, model.config.score_mode)
+    )
+    return coarse, rerank(
+        scaled, pair_scorer(model, embeddings, direction), k, mode, 2**17
+    )  # the more pairs at a time, the more is shared
 
 # %% ../nbs/12_retrieval.ipynb #2cd0efdf
-def swap_trials(probe, corpus, features):  # list from corpora.load_probe, the split it is about, its data.Features
+def swap_trials(
+    probe, corpus, features
+):  # list from corpora.load_probe, the split it is about, its data.Features
     "(trials, 3) int64: recording, right picture, other one; without what features had to skip. Raises InputError for an unknown name."
     place = {uttid: row for row, uttid in enumerate(features.uttids)}
     place.update({corpus.pictures[index].path: row for row, index in enumerate(features.pictures)})
-    trials = [tuple(place.get(one[key], -1) for key in ("uttid", "image", "other")) for one in probe]
+    trials = [
+        tuple(place.get(one[key], -1) for key in ("uttid", "image", "other")) for one in probe
+    ]
     if not features.skipped and any(-1 in trial for trial in trials):
-        raise InputError(f"{corpus.root}/swap.json", f"names recordings or pictures that split {corpus.split} does not have", "evaluate the split it was made for")
-    return torch.tensor([trial for trial in trials if -1 not in trial], dtype=torch.long).reshape(-1, 3)
+        raise InputError(
+            f"{corpus.root}/swap.json",
+            f"names recordings or pictures that split {corpus.split} does not have",
+            "evaluate the split it was made for",
+        )
+    return torch.tensor([trial for trial in trials if -1 not in trial], dtype=torch.long).reshape(
+        -1, 3
+    )
 
 # %% ../nbs/12_retrieval.ipynb #44a9a845
-def swap_accuracy(model, embeddings, trials):  # SpeechImageModel, Embeddings, (trials, 3) from swap_trials
+def swap_accuracy(
+    model, embeddings, trials
+):  # SpeechImageModel, Embeddings, (trials, 3) from swap_trials
     "Percent of trials in which the right picture beats the other one, per stage; chance is 50, a draw counts half."
     speech, right, other = trials.T
-    cosine, match = lambda _, picture: (embeddings.speech[speech] * embeddings.image[picture]).sum(-1), pair_scorer(model, embeddings)
-    return {stage: round(50 + 50 * (score(speech, right) - score(speech, other)).sign().mean().item(), 3)
-            for stage, score in (("coarse", cosine), ("fine", match))}
+    cosine, match = (
+        lambda _, picture: (embeddings.speech[speech] * embeddings.image[picture]).sum(-1),
+        pair_scorer(model, embeddings),
+    )
+    return {
+        stage: round(
+            50 + 50 * (score(speech, right) - score(speech, other)).sign().mean().item(), 3
+        )
+        for stage, score in (("coarse", cosine), ("fine", match))
+    }
 
 # %% ../nbs/12_retrieval.ipynb #e4a452c2
-def percent(scores, image_of, direction="speech_to_image"):  # as in recall_at_k, or "image_to_speech"
+def percent(
+    scores, image_of, direction="speech_to_image"
+):  # as in recall_at_k, or "image_to_speech"
     "Recall at 1, 5 and 10 with names that JSON can hold."
-    return {str(k): round(value, 3) for k, value in recall_at_k(scores, image_of)[direction].items()}
+    return {
+        str(k): round(value, 3) for k, value in recall_at_k(scores, image_of)[direction].items()
+    }
 
 # %% ../nbs/12_retrieval.ipynb #ff3f650c
-def evaluate(model,       # SpeechImageModel
-             features,    # data.Features of n recordings and m pictures
-             rerank=16,   # candidates that each query re-ranks: pictures for a recording, recordings for a picture
-             probe=None,  # (trials, 3) from swap_trials; "swap" is None without
-            ):
+def evaluate(
+    model,  # SpeechImageModel
+    features,  # data.Features of n recordings and m pictures
+    rerank=16,  # candidates that each query re-ranks: pictures for a recording, recordings for a picture
+    probe=None,  # (trials, 3) from swap_trials; "swap" is None without
+):
     "What `speechimg evaluate --json` writes: recall of both stages and directions in percent, swap probe, fused pairs, seconds."
     start, result, pairs = time.perf_counter(), {"coarse": {}, "fine": {}}, 0
     embeddings = embed(model, features)
     for direction in ("speech_to_image", "image_to_speech"):
         stages = two_stages(model, embeddings, rerank, direction)
         for stage, scores in zip(("coarse", "fine"), stages):
-            result[stage][direction] = percent(scores if direction == "speech_to_image" else scores.T, embeddings.image_of, direction)
+            result[stage][direction] = percent(
+                scores if direction == "speech_to_image" else scores.T,
+                embeddings.image_of,
+                direction,
+            )
         pairs += len(scores) * max(0, min(rerank, scores.shape[1]))
     swap = swap_accuracy(model, embeddings, probe) if probe is not None and len(probe) else None
-    return result | {"swap": swap, "pairs": pairs + (2 * len(probe) if swap else 0), "seconds": round(time.perf_counter() - start, 2)}
+    return result | {
+        "swap": swap,
+        "pairs": pairs + (2 * len(probe) if swap else 0),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
 
 # %% ../nbs/12_retrieval.ipynb #dd7eb176
-def load_model(name_or_path):  # "reference" or "small", which ship with the project, or a folder that train made
+def load_model(
+    name_or_path,
+):  # "reference" or "small", which ship with the project, or a folder that train made
     "A SpeechImageModel on the default device, ready to judge. Raises InputError where there is none, or a damaged one."
     folder = Path(name_or_path)
-    if not folder.is_dir(): folder = data_dir() / "models" / str(name_or_path)
+    if not folder.is_dir():
+        folder = data_dir() / "models" / str(name_or_path)
     if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise InputError(name_or_path, "holds no model (config.json and model.safetensors)", "give reference, small, or a folder that speechimg train made")
-    Config.load(folder / "config.json")                                                          # its errors name file, key and remedy
+        raise InputError(
+            name_or_path,
+            "holds no model (config.json and model.safetensors)",
+            "give reference, small, or a folder that speechimg train made",
+        )
+    Config.load(folder / "config.json")  # its errors name file, key and remedy
     return SpeechImageModel.from_pretrained(str(folder)).to(default_device()).eval()
 
 # %% ../nbs/12_retrieval.ipynb #3d1eeee4
-def load_features(model, corpus, on_error="raise"):  # SpeechImageModel, corpora.Corpus, "raise" or "skip"
+def load_features(
+    model, corpus, on_error="raise"
+):  # SpeechImageModel, corpora.Corpus, "raise" or "skip"
     "data.Features of a corpus for this model, computed once and cached; a progress bar where somebody is looking."
-    return Features(corpus, model.speech_tower.front_end, model.image_tower.front_end, FeatureCache(cache_dir()), model.config.max_seconds, on_error, sys.stderr.isatty())
+    return Features(
+        corpus,
+        model.speech_tower.front_end,
+        model.image_tower.front_end,
+        FeatureCache(cache_dir()),
+        model.config.max_seconds,
+        on_error,
+        sys.stderr.isatty(),
+    )
 
 # %% ../nbs/12_retrieval.ipynb #7ac657da
-def evaluate_corpus(model,            # SpeechImageModel
-                    corpus="stamps",  # name or path; the gallery is every picture with a recording in this language
-                    split="all",      # which part of it
-                    language="en",    # None = all
-                    nouns=None,       # concepts to report on their own; None = those of the scenes
-                    rerank=16,        # candidates that each recording re-ranks
-                   ):
+def evaluate_corpus(
+    model,  # SpeechImageModel
+    corpus="stamps",  # name or path; the gallery is every picture with a recording in this language
+    split="all",  # which part of it
+    language="en",  # None = all
+    nouns=None,  # concepts to report on their own; None = those of the scenes
+    rerank=16,  # candidates that each recording re-ranks
+):
     "Zero-shot, speech to image: {'pictures', 'all', 'nouns'}; the last two {'queries', 'coarse', 'fine'}, or None without queries."
     found = load_corpus(corpus, split)
-    found = found.subset([row for row, caption in enumerate(found.captions) if language in (None, caption.language)])
-    if not found.captions: raise InputError(found.root, f"has no recording in language {language!r} in split {split}", "choose another language")
+    found = found.subset(
+        [row for row, caption in enumerate(found.captions) if language in (None, caption.language)]
+    )
+    if not found.captions:
+        raise InputError(
+            found.root,
+            f"has no recording in language {language!r} in split {split}",
+            "choose another language",
+        )
     features = load_features(model, found)
     stages = two_stages(model, embed(model, features), rerank)
-    known = set(nouns if nouns is not None else (noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts))
-    meant = torch.tensor([not known.isdisjoint(found.pictures[found.captions[row].image].concepts) for row in features.captions])
-    report = lambda rows: {"queries": int(rows.sum())} | {
-        stage: percent(scores[rows], features.image_of[rows]) for stage, scores in zip(("coarse", "fine"), stages)} if rows.any() else None
-    return {"pictures": len(features.image), "all": report(torch.ones_like(meant)), "nouns": report(meant)}
+    known = set(
+        nouns
+        if nouns is not None
+        else (
+            noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts
+        )
+    )
+    meant = torch.tensor(
+        [
+            not known.isdisjoint(found.pictures[found.captions[row].image].concepts)
+            for row in features.captions
+        ]
+    )
+    report = lambda rows: (
+        {"queries": int(rows.sum())}
+        | {
+            stage: percent(scores[rows], features.image_of[rows])
+            for stage, scores in zip(("coarse", "fine"), stages)
+        }
+        if rows.any()
+        else None
+    )
+    return {
+        "pictures": len(features.image),
+        "all": report(torch.ones_like(meant)),
+        "nouns": report(meant),
+    }
 
 # %% ../nbs/12_retrieval.ipynb #1d186281
 class Hit(NamedTuple):
     "One picture found."
-    picture: int        # place in the gallery's corpus.pictures
-    path: str           # its file
-    coarse: float       # cosine
+
+    picture: int  # place in the gallery's corpus.pictures
+    path: str  # its file
+    coarse: float  # cosine
     fine: float | None  # score after re-ranking, if it was among the candidates
-    before: int         # coarse rank, 1 = best
-    rank: int           # final rank
+    before: int  # coarse rank, 1 = best
+    rank: int  # final rank
 
 # %% ../nbs/12_retrieval.ipynb #73a85332
-def open_gallery(model, pictures):  # SpeechImageModel; "stamps", "scenes", another corpus, or any folder of pictures
+def open_gallery(
+    model, pictures
+):  # SpeechImageModel; "stamps", "scenes", another corpus, or any folder of pictures
     "(Corpus of all readable pictures, their Embeddings); .skipped of the corpus names the others. Raises InputError if none is left."
     known = splits(find(pictures))
     split = next((split for split in ("all", "test", "val", "train") if split in known), None)
     corpus = load_corpus(pictures, split, "skip") if split else picture_folder(pictures)
-    features = load_features(model, Corpus(corpus.name, corpus.split, corpus.pictures, [], corpus.store, corpus.skipped), "skip")
-    return Corpus(corpus.name, corpus.split, [corpus.pictures[place] for place in features.pictures], [], corpus.store, features.skipped), embed(model, features)
+    features = load_features(
+        model,
+        Corpus(corpus.name, corpus.split, corpus.pictures, [], corpus.store, corpus.skipped),
+        "skip",
+    )
+    return Corpus(
+        corpus.name,
+        corpus.split,
+        [corpus.pictures[place] for place in features.pictures],
+        [],
+        corpus.store,
+        features.skipped,
+    ), embed(model, features)
 
 # %% ../nbs/12_retrieval.ipynb #82476cff
-def search(model,      # SpeechImageModel
-           wave,       # (n,) a recording, 16 kHz
-           pictures,   # what open_gallery returned, or what it takes
-           top=10,     # how many to return
-           rerank=16,  # candidates to re-rank
-          ):
+def search(
+    model,  # SpeechImageModel
+    wave,  # (n,) a recording, 16 kHz
+    pictures,  # what open_gallery returned, or what it takes
+    top=10,  # how many to return
+    rerank=16,  # candidates to re-rank
+):
     "The best pictures for a recording, best first: a list of Hits."
     corpus, images = pictures if isinstance(pictures, tuple) else open_gallery(model, pictures)
-    frames = model.speech_tower.front_end(wave[:int(model.config.max_seconds * SAMPLE_RATE)])
+    frames = model.speech_tower.front_end(wave[: int(model.config.max_seconds * SAMPLE_RATE)])
     heard = embed(model, SimpleNamespace(speech=[frames], image=[], image_of=None))
-    coarse, fine = (scores[0] for scores in two_stages(model, heard._replace(image=images.image, image_tokens=images.image_tokens), rerank))
+    coarse, fine = (
+        scores[0]
+        for scores in two_stages(
+            model, heard._replace(image=images.image, image_tokens=images.image_tokens), rerank
+        )
+    )
     order, best = (scores.argsort(descending=True, stable=True) for scores in (coarse, fine))
-    before = order.argsort()                                                                     # (m,) place -> coarse rank, from 0
-    return [Hit(place, corpus.pictures[place].path, coarse[place].item(), fine[place].item() if before[place] < rerank else None,
-                before[place].item() + 1, rank) for rank, place in enumerate(best[:top].tolist(), 1)]
+    before = order.argsort()  # (m,) place -> coarse rank, from 0
+    return [
+        Hit(
+            place,
+            corpus.pictures[place].path,
+            coarse[place].item(),
+            fine[place].item() if before[place] < rerank else None,
+            before[place].item() + 1,
+            rank,
+        )
+        for rank, place in enumerate(best[:top].tolist(), 1)
+    ]

@@ -21,48 +21,80 @@ from .core import InputError, atomic_write, data_dir, read_json, set_theme, writ
 from .data import sha256
 
 # %% ../nbs/12b_runs.ipynb #33e0bcda
-PARTS = ("model", "alignment", "optimizer")  # the files of a checkpoint; no other name is ever opened
+PARTS = (
+    "model",
+    "alignment",
+    "optimizer",
+)  # the files of a checkpoint; no other name is ever opened
 
 
 def checkpoints(out):  # the folder of a run
     "Its checkpoint folders, oldest first."
-    return sorted((path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdecimal()), key=lambda path: int(path.name[11:]))
+    return sorted(
+        (path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdecimal()),
+        key=lambda path: int(path.name[11:]),
+    )
 
 
 def prune(out, step):  # the folder of a run, its newest checkpoint that is known to be good
     "Keep that checkpoint and the one before it."
-    for old in [path for path in checkpoints(out) if int(path.name[11:]) <= step][:-2]: discard(old)
+    for old in [path for path in checkpoints(out) if int(path.name[11:]) <= step][:-2]:
+        discard(old)
 
 
 def discard(path):
     "Remove a folder; of a link only the link."
-    if path.is_symlink(): path.unlink()
-    else: shutil.rmtree(path, ignore_errors=True)
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def settle(folder):
     "Wait until the names in a folder are on the disk; only their files were, so far."
-    if os.name != "posix": return
+    if os.name != "posix":
+        return
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def save_checkpoint(out, alignment, optimizer, state):  # folder of the run, student + teacher + queue, moments, {"step", ...} for JSON
+def save_checkpoint(
+    out, alignment, optimizer, state
+):  # folder of the run, student + teacher + queue, moments, {"step", ...} for JSON
     "Write checkpoint-<step>, complete or not at all, then keep the newest two."
     folder, files = Path(out) / f"checkpoint-{state['step']}", {}
-    temporary, names = folder.with_name(f".{folder.name}.tmp"), {p: name for name, p in alignment.model.named_parameters()}
-    parts = {"model": {}, "alignment": {}, "optimizer": {f"{kind}/{names[p]}": one for p, kinds in optimizer.state.items() for kind, one in kinds.items()}}
-    for name, one in alignment.state_dict().items(): parts["model" if name.startswith("model.") else "alignment"][name] = one
-    parts["optimizer"] |= {"random/cpu": torch.get_rng_state()} | {f"random/{i}": one for i, one in enumerate(torch.cuda.get_rng_state_all())}
+    temporary, names = (
+        folder.with_name(f".{folder.name}.tmp"),
+        {p: name for name, p in alignment.model.named_parameters()},
+    )
+    parts = {
+        "model": {},
+        "alignment": {},
+        "optimizer": {
+            f"{kind}/{names[p]}": one
+            for p, kinds in optimizer.state.items()
+            for kind, one in kinds.items()
+        },
+    }
+    for name, one in alignment.state_dict().items():
+        parts["model" if name.startswith("model.") else "alignment"][name] = one
+    parts["optimizer"] |= {"random/cpu": torch.get_rng_state()} | {
+        f"random/{i}": one for i, one in enumerate(torch.cuda.get_rng_state_all())
+    }
     for part, tensors in parts.items():
-        data = safetensors.torch.save({name: one.detach().cpu().contiguous() for name, one in tensors.items()})
+        data = safetensors.torch.save(
+            {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
+        )
         files[part] = sha256(data)
-        with atomic_write(temporary / f"{part}.safetensors") as file: file.write(data)  # waits for the disk
+        with atomic_write(temporary / f"{part}.safetensors") as file:
+            file.write(data)  # waits for the disk
     write_json(temporary / "state.json", state | {"files": files})
     settle(temporary)
-    discard(folder)                                                        # a damaged one of the same step
-    os.rename(temporary, folder)                                           # the one moment at which the checkpoint begins to exist
+    discard(folder)  # a damaged one of the same step
+    os.rename(temporary, folder)  # the one moment at which the checkpoint begins to exist
     settle(folder.parent)
     prune(out, state["step"])
 
@@ -71,93 +103,174 @@ def latest_checkpoint(out):  # the folder of a run
     "(state, tensors by name) of the newest complete checkpoint, or None; one that is damaged is passed over with a warning."
     for folder in reversed(checkpoints(out)):
         try:
-            if folder.is_symlink(): raise ValueError("it is a link")
-            state, tensors = {"config": {}, "data": {}, "seconds": 0.} | read_json(folder / "state.json"), {}
-            for key, kind in (("config", dict), ("data", dict), ("seconds", (int, float)), ("step", int), ("files", dict)):
-                if not isinstance(state[key], kind): raise ValueError(f"{key} in state.json is {state[key]!r:.40}")
-            if state["step"] != int(folder.name[11:]) or not 0 <= state["seconds"] < 1e12 or set(state["files"]) != set(PARTS):
+            if folder.is_symlink():
+                raise ValueError("it is a link")
+            state, tensors = (
+                {"config": {}, "data": {}, "seconds": 0.0} | read_json(folder / "state.json"),
+                {},
+            )
+            for key, kind in (
+                ("config", dict),
+                ("data", dict),
+                ("seconds", (int, float)),
+                ("step", int),
+                ("files", dict),
+            ):
+                if not isinstance(state[key], kind):
+                    raise ValueError(f"{key} in state.json is {state[key]!r:.40}")
+            if (
+                state["step"] != int(folder.name[11:])
+                or not 0 <= state["seconds"] < 1e12
+                or set(state["files"]) != set(PARTS)
+            ):
                 raise ValueError("its state.json is of another checkpoint")
             for part in PARTS:
                 path = folder / f"{part}.safetensors"
-                if path.is_symlink() or not path.is_file(): raise ValueError(f"{path.name} is no ordinary file")
-                if sha256(data := path.read_bytes()) != state["files"][part]: raise ValueError(f"{path.name} is not what was written")
+                if path.is_symlink() or not path.is_file():
+                    raise ValueError(f"{path.name} is no ordinary file")
+                if sha256(data := path.read_bytes()) != state["files"][part]:
+                    raise ValueError(f"{path.name} is not what was written")
                 tensors |= safetensors.torch.load(data)
             return state, tensors
         except (OSError, ValueError, KeyError, TypeError, MemoryError, SafetensorError) as error:
-            warnings.warn(f"{folder.name} is damaged ({' '.join(str(error).split()):.200}); taking the one before it")
+            warnings.warn(
+                f"{folder.name} is damaged ({' '.join(str(error).split()):.200}); taking the one before it"
+            )
 
 
-def restore(tensors, alignment, optimizer):  # by name, from a checkpoint; the other two are changed in place
+def restore(
+    tensors, alignment, optimizer
+):  # by name, from a checkpoint; the other two are changed in place
     "Put everything back: student, teacher, queue, moments, random states."
-    parameters, other = dict(alignment.model.named_parameters()), {name: one for name, one in tensors.items() if "/" in name}
+    parameters, other = (
+        dict(alignment.model.named_parameters()),
+        {name: one for name, one in tensors.items() if "/" in name},
+    )
     try:
         alignment.load_state_dict({name: one for name, one in tensors.items() if name not in other})
         for (kind, name), one in ((key.split("/", 1), one) for key, one in other.items()):
             if kind != "random":
-                if one.shape not in (parameters[name].shape, ()): raise ValueError(f"{kind} of {name} has shape {tuple(one.shape)}")
+                if one.shape not in (parameters[name].shape, ()):
+                    raise ValueError(f"{kind} of {name} has shape {tuple(one.shape)}")
                 optimizer.state[parameters[name]][kind] = one.to(parameters[name].device)
-            elif name == "cpu": torch.set_rng_state(one)
-            elif int(name) < torch.cuda.device_count(): torch.cuda.set_rng_state(one, int(name))
+            elif name == "cpu":
+                torch.set_rng_state(one)
+            elif int(name) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(one, int(name))
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise InputError("checkpoint", f"does not fit this model ({' '.join(str(error).split()):.200})", "take it away, or resume with the version that wrote it") from None
+        raise InputError(
+            "checkpoint",
+            f"does not fit this model ({' '.join(str(error).split()):.200})",
+            "take it away, or resume with the version that wrote it",
+        ) from None
 
 # %% ../nbs/12b_runs.ipynb #53fbfc06
-COLUMNS = ("step epoch seconds learning_rate temperature alpha loss sic sim gradient_norm coarse_accuracy sim_accuracy "
-           "coarse_r1 coarse_r5 coarse_r10 coarse_back_r1 coarse_back_r5 coarse_back_r10 "
-           "fine_r1 fine_r5 fine_r10 fine_back_r1 fine_back_r5 fine_back_r10 swap_coarse swap_fine").split()
+COLUMNS = (
+    "step epoch seconds learning_rate temperature alpha loss sic sim gradient_norm coarse_accuracy sim_accuracy "
+    "coarse_r1 coarse_r5 coarse_r10 coarse_back_r1 coarse_back_r5 coarse_back_r10 "
+    "fine_r1 fine_r5 fine_r10 fine_back_r1 fine_back_r5 fine_back_r10 swap_coarse swap_fine"
+).split()
 
 
 def open_log(path, step):  # log.csv, steps done by the checkpoint one goes on from
     "log.csv ready for appending, without lines that will be written again or were cut short."
     lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]
-    with atomic_write(path, "w") as file: file.writelines([",".join(COLUMNS) + "\n", *kept])
-    return open(path, "a", buffering=1)                                    # a line at a time
+    kept = [
+        line
+        for line in lines
+        if line.endswith("\n")
+        and line.count(",") == len(COLUMNS) - 1
+        and int(line.split(",")[0]) <= step
+    ]
+    with atomic_write(path, "w") as file:
+        file.writelines([",".join(COLUMNS) + "\n", *kept])
+    return open(path, "a", buffering=1)  # a line at a time
 
 
 def validation_row(metrics):  # from retrieval.evaluate
     "What of a validation goes into the log, in percent; without _back: speech to image."
-    return {f"{stage}{back}_r{k}": value for stage in ("coarse", "fine") for back, way in (("", "speech_to_image"), ("_back", "image_to_speech"))
-            for k, value in metrics[stage][way].items()} | {f"swap_{stage}": value for stage, value in (metrics["swap"] or {}).items()}
+    return {
+        f"{stage}{back}_r{k}": value
+        for stage in ("coarse", "fine")
+        for back, way in (("", "speech_to_image"), ("_back", "image_to_speech"))
+        for k, value in metrics[stage][way].items()
+    } | {f"swap_{stage}": value for stage, value in (metrics["swap"] or {}).items()}
 
 
 # What the curves show, panel by panel: column of the log -> name in the legend.
-CURVES = {"loss (mean of 20 steps)": {"sic": "contrastive (coarse)", "sim": "matching (fine)"},
-          "validation R@1 [%]": {"coarse_r1": "recording → picture, coarse", "fine_r1": "recording → picture, re-ranked",
-                                 "coarse_back_r1": "picture → recording, coarse", "fine_back_r1": "picture → recording, re-ranked"},
-          "validation swap probe [%]": {"swap_coarse": "coarse", "swap_fine": "fine"}}
+CURVES = {
+    "loss (mean of 20 steps)": {"sic": "contrastive (coarse)", "sim": "matching (fine)"},
+    "validation R@1 [%]": {
+        "coarse_r1": "recording → picture, coarse",
+        "fine_r1": "recording → picture, re-ranked",
+        "coarse_back_r1": "picture → recording, coarse",
+        "fine_back_r1": "picture → recording, re-ranked",
+    },
+    "validation swap probe [%]": {"swap_coarse": "coarse", "swap_fine": "fine"},
+}
 
 
 def draw_curves(log, path):  # log.csv to read, picture to write
     "Losses, recall and binding over the steps, legends beside the axes."
     import pandas as pd, seaborn as sns
-    from matplotlib.figure import Figure                                   # not pyplot: needs no screen, leaves no window behind
+    from matplotlib.figure import Figure  # not pyplot: needs no screen, leaves no window behind
+
     set_theme()
-    rows, figure = pd.read_csv(log, index_col="step"), Figure(figsize=(13, 4.4), layout="constrained")
+    rows, figure = (
+        pd.read_csv(log, index_col="step"),
+        Figure(figsize=(13, 4.4), layout="constrained"),
+    )
     for axis, (label, names) in zip(figure.subplots(1, 3), CURVES.items()):
         table = rows[list(names)].rename(columns=names).dropna(how="all")
-        if label.startswith("loss"): table = table.rolling(20, min_periods=1).mean()
+        if label.startswith("loss"):
+            table = table.rolling(20, min_periods=1).mean()
         if len(table):
             sns.lineplot(table, ax=axis, dashes=False, marker="o" if len(table) < 60 else None)
-            sns.move_legend(axis, "upper left", bbox_to_anchor=(0, -.2), frameon=False)  # below: inside it would hide a curve
+            sns.move_legend(
+                axis, "upper left", bbox_to_anchor=(0, -0.2), frameon=False
+            )  # below: inside it would hide a curve
         axis.set(xlabel="step", ylabel=label)
-    with atomic_write(path) as file: figure.savefig(file, format="png", dpi=80)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=80)
 
 # %% ../nbs/12b_runs.ipynb #be917002
-def begin_with(model, start):  # SpeechImageModel, changed in place; "reference", "small", or a folder that train made
+def begin_with(
+    model, start
+):  # SpeechImageModel, changed in place; "reference", "small", or a folder that train made
     "Give a model the weights of a trained one -> their fingerprint. Raises InputError where there are none, or none that fit."
     folder = Path(start) if Path(start).is_dir() else data_dir() / "models" / str(start)
     file = folder / "model.safetensors"
-    if not file.is_file(): raise InputError(start, "holds no model.safetensors", "give reference, small, or a folder that speechimg train made")
-    model._load_as_safetensor(model, file, "cpu", True)                    # every name and every size has to be the same
+    if not file.is_file():
+        raise InputError(
+            start,
+            "holds no model.safetensors",
+            "give reference, small, or a folder that speechimg train made",
+        )
+    model._load_as_safetensor(
+        model, file, "cpu", True
+    )  # every name and every size has to be the same
     return sha256(file.read_bytes())
 
 # %% ../nbs/12b_runs.ipynb #b0a4d002
 @contextmanager
-def board(config, out, first):  # Config: tensorboard; folder of the run; whether this process writes
+def board(
+    config, out, first
+):  # Config: tensorboard; folder of the run; whether this process writes
     "A function that shows a row of the log in TensorBoard, where that is wished."
-    if not (config.tensorboard and first): yield lambda row: None; return
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise InputError("tensorboard", "is not installed", "pip install tensorboard, or set tensorboard to false") from None
+    if not (config.tensorboard and first):
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "tensorboard",
+            "is not installed",
+            "pip install tensorboard, or set tensorboard to false",
+        ) from None
     with SummaryWriter(out / "tensorboard") as writer:
-        yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items() if name != "step"]
+        yield lambda row: [
+            writer.add_scalar(name, value, row["step"])
+            for name, value in row.items()
+            if name != "step"
+        ]

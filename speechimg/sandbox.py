@@ -80,16 +80,33 @@ class Process:
             def persistent_id(writer, one):
                 if isinstance(one, Remote):
                     return one._mark
-                for kind, found in ((torch.Tensor, tensors), (torch.Generator, generators), ((types.FunctionType, types.MethodType), functions)):
+                for kind, found in (
+                    (torch.Tensor, tensors),
+                    (torch.Generator, generators),
+                    ((types.FunctionType, types.MethodType), functions),
+                ):
                     if isinstance(one, kind) and not importable(one):
-                        index = next((index for index, other in enumerate(found) if other is one), len(found))
+                        index = next(
+                            (index for index, other in enumerate(found) if other is one), len(found)
+                        )
                         found[index:] = found[index:] or [one]
-                        return ("tensor", index) if found is tensors else ("generator", index) if found is generators else ("function", index)
+                        return (
+                            ("tensor", index)
+                            if found is tensors
+                            else ("generator", index)
+                            if found is generators
+                            else ("function", index)
+                        )
                 return None
 
         Writer(stream).dump(value)
         flat = [(one.detach(), isinstance(one, nn.Parameter), one.requires_grad) for one in tensors]
-        return pickle.dumps((stream.getvalue(), flat, [one.get_state() for one in generators])), tensors, generators, functions
+        return (
+            pickle.dumps((stream.getvalue(), flat, [one.get_state() for one in generators])),
+            tensors,
+            generators,
+            functions,
+        )
 
     def ask(self, **request):
         "One request. What the student's function raises is raised here, as the built-in error it is; Ended if nothing comes back."
@@ -99,7 +116,12 @@ class Process:
             while True:
                 text, blob = self.wire.receive((MOST_TEXT, MOST_NUMBERS))
                 tree, found = json.loads(text), safetensors.torch.load(blob) if blob else {}
-                value = {str(key): decode(one, found, lambda index, kind: Remote(self, ("kept", index), kind)) for key, one in tree.items()}
+                value = {
+                    str(key): decode(
+                        one, found, lambda index, kind: Remote(self, ("kept", index), kind)
+                    )
+                    for key, one in tree.items()
+                }
                 if type(value.get("callback")) is not int:
                     break
                 self.wire.send(self.pack(functions[value["callback"]](*value["values"]))[0])
@@ -108,13 +130,25 @@ class Process:
             raise Ended("takes too long: is there a loop without an end?") from None
         except (EOFError, ConnectionError):
             self.kill()
-            raise Ended("ends the whole process: exit(), or more memory or time than there is") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
+            raise Ended(
+                "ends the whole process: exit(), or more memory or time than there is"
+            ) from None
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+            safetensors.SafetensorError,
+        ) as error:
             self.kill()
             raise Ended(f"sends something that is no result: {str(error)[:100]}") from None
         if "error" in value:
             kind = getattr(__import__("builtins"), str(value["error"]), RuntimeError)
-            raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(f"{value.get('text')}")
+            raise (
+                kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
+            )(f"{value.get('text')}")
         for index, new in value.get("changed") or []:
             if tensors[index].shape == new.shape and tensors[index].dtype == new.dtype:
                 tensors[index].detach().copy_(new)
@@ -139,25 +173,58 @@ class Sandbox:
         hidden: tuple = (),  # folders that cannot be read, besides the installed library
         first_user: int = 64_000,  # where root runs this: one of the thousand numbers from here on for each process
     ):
-        self.root, self.lock, self.count = Path(tempfile.mkdtemp(prefix="speechimg-")), threading.Lock(), itertools.count()
+        self.root, self.lock, self.count = (
+            Path(tempfile.mkdtemp(prefix="speechimg-")),
+            threading.Lock(),
+            itertools.count(),
+        )
         self.root.chmod(0o711)
         self.first_user = first_user if os.geteuid() == 0 else 0
         code, here = self.root / "lib", Path(__file__).resolve()
         for name in ("walls.py", "worker.py"):
-            library = library | {f"speechimg/{name}": (here.parent / name).read_text(encoding="utf-8")}
+            library = library | {
+                f"speechimg/{name}": (here.parent / name).read_text(encoding="utf-8")
+            }
         for name, text in library.items():
             file = code / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         for path in (code, *code.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        system = [path for path in map(Path, ("/usr", "/lib", "/lib64", "/etc", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")) if path.exists()]
-        self.places = [str(path) for path in dict.fromkeys([*system, Path(sys.base_prefix), Path(sys.prefix), code])]
+        system = [
+            path
+            for path in map(
+                Path,
+                (
+                    "/usr",
+                    "/lib",
+                    "/lib64",
+                    "/etc",
+                    "/proc/self",
+                    "/proc/cpuinfo",
+                    "/proc/meminfo",
+                    "/sys/devices/system/cpu",
+                ),
+            )
+            if path.exists()
+        ]
+        self.places = [
+            str(path)
+            for path in dict.fromkeys([*system, Path(sys.base_prefix), Path(sys.prefix), code])
+        ]
         self.hidden = [str(here.parent), *map(str, hidden)]
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        variables = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "SPEECHIMG_PRELOAD": " ".join(preload)}
+        variables = {
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "SPEECHIMG_PRELOAD": " ".join(preload),
+        }
         command = [sys.executable, "-s", "-m", "speechimg.walls", "nursery", str(theirs.fileno())]
-        self.nursery = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=code, env=variables, stdin=subprocess.DEVNULL)
+        self.nursery = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], cwd=code, env=variables, stdin=subprocess.DEVNULL
+        )
         theirs.close()
 
     def start(
@@ -171,16 +238,28 @@ class Sandbox:
     def begin(self, theirs: socket.socket, seconds: int, memory: int) -> tuple[Path, int]:
         "Let the nursery fork; used by Process."
         number = next(self.count)
-        folder, user = self.root / f"run-{number}", self.first_user and self.first_user + number % 1000
+        folder, user = (
+            self.root / f"run-{number}",
+            self.first_user and self.first_user + number % 1000,
+        )
         folder.mkdir(mode=0o700)
         if user:
             os.chown(folder, user, user)
-        request = {"folder": str(folder), "user": user, "seconds": seconds, "memory": memory, "places": self.places, "hidden": self.hidden}
+        request = {
+            "folder": str(folder),
+            "user": user,
+            "seconds": seconds,
+            "memory": memory,
+            "places": self.places,
+            "hidden": self.hidden,
+        }
         with self.lock:
             socket.send_fds(self.control, [json.dumps(request).encode()], [theirs.fileno()])
             reply = self.control.recv(2**16)
         if not reply:
-            raise RuntimeError("the sandbox could not be started; is torch installed for this Python?")
+            raise RuntimeError(
+                "the sandbox could not be started; is torch installed for this Python?"
+            )
         return folder, json.loads(reply)["pid"]
 
     def end(self, process: Process) -> None:

@@ -18,12 +18,16 @@ def id_targets(
 ) -> torch.Tensor:  # (B, N) float32, every row sums to 1
     "Share each row's probability among all keys of the same image; ValueError for a row that has none."
     if len(ids) and ids.min() < 0:
-        raise ValueError(f"id_targets: ids must not be negative (-1 marks an empty slot), got {int(ids.min())}")
+        raise ValueError(
+            f"id_targets: ids must not be negative (-1 marks an empty slot), got {int(ids.min())}"
+        )
     same = ids[:, None] == key_ids[None, :]  # (B, 1), (1, N) -> (B, N)
     count = same.sum(dim=1, keepdim=True)
     if (count == 0).any():
         row = int((count == 0).flatten().nonzero()[0])
-        raise ValueError(f"id_targets: no key has the id {int(ids[row])} of row {row}; put each query's own pair among the keys")
+        raise ValueError(
+            f"id_targets: no key has the id {int(ids[row])} of row {row}; put each query's own pair among the keys"
+        )
     return same.float() / count
 
 # %% ../nbs/07_sic.ipynb #60fc8952
@@ -37,7 +41,9 @@ def similarity_logits(
     if not torch.is_tensor(temperature) and not temperature > 0:
         raise ValueError(f"similarity_logits: the temperature must be positive, got {temperature}")
     if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
-        raise ValueError(f"similarity_logits: need (B, d) and (N, d), got {tuple(queries.shape)} and {tuple(keys.shape)}")
+        raise ValueError(
+            f"similarity_logits: need (B, d) and (N, d), got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
     with torch.autocast(queries.device.type, enabled=False):
         return queries.float() @ keys.float().T / temperature  # (B, d) x (d, N) -> (B, N)
 
@@ -45,6 +51,7 @@ def similarity_logits(
 #| exercise: sic sic_loss
 class SicOutput(NamedTuple):
     "What `sic_loss` returns."
+
     loss: torch.Tensor  # () float32
     speech_to_image: torch.Tensor  # (B, N) logits of each spoken query over the image keys
     image_to_speech: torch.Tensor  # (B, N) logits of each image query over the speech keys
@@ -55,17 +62,25 @@ def sic_loss(
     image: torch.Tensor,  # (B, d)
     speech_keys: torch.Tensor,  # (N, d) teacher embeddings: this batch first, then the queue
     image_keys: torch.Tensor,  # (N, d)
-    targets: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # (B, N), or a pair (speech->image, image->speech)
+    targets: torch.Tensor
+    | tuple[torch.Tensor, torch.Tensor],  # (B, N), or a pair (speech->image, image->speech)
     temperature: float | torch.Tensor,  # tau; a Parameter gets its gradient here
 ) -> SicOutput:
     "Mean of both directions' soft-target cross-entropies, averaged over the batch (ALBEF eq. 1)."
     to_image, to_speech = (targets, targets) if torch.is_tensor(targets) else targets
-    logits = (similarity_logits(speech, image_keys, temperature), similarity_logits(image, speech_keys, temperature))
+    logits = (
+        similarity_logits(speech, image_keys, temperature),
+        similarity_logits(image, speech_keys, temperature),
+    )
     losses = []
     for scores, target in zip(logits, (to_image, to_speech)):
         if target.shape != scores.shape:
-            raise ValueError(f"sic_loss: targets are {tuple(target.shape)} but the logits are {tuple(scores.shape)}")
-        losses.append(-(target.detach().float() * F.log_softmax(scores, dim=1)).sum(dim=1).mean())  # sum over keys, mean over the batch
+            raise ValueError(
+                f"sic_loss: targets are {tuple(target.shape)} but the logits are {tuple(scores.shape)}"
+            )
+        losses.append(
+            -(target.detach().float() * F.log_softmax(scores, dim=1)).sum(dim=1).mean()
+        )  # sum over keys, mean over the batch
     return SicOutput((losses[0] + losses[1]) / 2, *logits)
 
 # %% ../nbs/07_sic.ipynb #d72c3cab

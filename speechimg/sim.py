@@ -34,10 +34,13 @@ class MultimodalEncoder(nn.Module):
         speech_tokens: torch.Tensor,  # (n, T, dim), [CLS] first
         speech_mask: torch.Tensor,  # (n, T) True = valid
         image_tokens: torch.Tensor,  # (n, P, dim)
-        pairs: tuple | None = None,  # rows of the speech (m,) and of the images (m,) that meet, if not row i with row i
+        pairs: tuple
+        | None = None,  # rows of the speech (m,) and of the images (m,) that meet, if not row i with row i
     ) -> torch.Tensor:  # (n, 2) or (m, 2) float32 logits
         "Judge pairs."
-        return self.judge(self.hear(speech_tokens, speech_mask), speech_mask, self.see(image_tokens), pairs)
+        return self.judge(
+            self.hear(speech_tokens, speech_mask), speech_mask, self.see(image_tokens), pairs
+        )
 
     def hear(self, speech_tokens, speech_mask):  # as in forward
         "What the first block makes of a recording before a picture comes in: needed once, whatever the number of its pairs."
@@ -47,35 +50,61 @@ class MultimodalEncoder(nn.Module):
     def see(self, image_tokens):  # as in forward
         "What a picture can answer: keys and values (n, H, P, dim/H) of each block. Needed once, too."
         image_tokens = image_tokens.to(self.verdict.weight.dtype)
-        return [[one.contiguous() for one in block.attend_cross.answers(image_tokens)] for block in self.blocks]
+        return [
+            [one.contiguous() for one in block.attend_cross.answers(image_tokens)]
+            for block in self.blocks
+        ]
 
-    def judge(self, heard, speech_mask, seen, pairs=None):  # from hear, its mask, from see, as in forward
+    def judge(
+        self, heard, speech_mask, seen, pairs=None
+    ):  # from hear, its mask, from see, as in forward
         "The rest: all that depends on both."
         if pairs:
-            pick = lambda x, rows: F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])  # its backward is quicker than indexing's
-            heard, speech_mask = pick(heard, pairs[0]), speech_mask.index_select(0, pairs[0])  # (m, T, dim), (m, T)
+            pick = lambda x, rows: F.embedding(rows, x.flatten(1)).view(
+                len(rows), *x.shape[1:]
+            )  # its backward is quicker than indexing's
+            heard, speech_mask = (
+                pick(heard, pairs[0]),
+                speech_mask.index_select(0, pairs[0]),
+            )  # (m, T, dim), (m, T)
             seen = [[pick(one, pairs[1]) for one in answers] for answers in seen]
         for place, (block, answers) in enumerate(zip(self.blocks, seen)):
             x = block.listen(heard, speech_mask, self.wanted(place)) if place else heard
             heard = block.think(x, answers=answers)
         with torch.autocast(heard.device.type, enabled=False):
-            return self.verdict(self.norm(heard[:, 0].to(self.verdict.weight.dtype))).float()  # (m, dim) -> (m, 2)
+            return self.verdict(
+                self.norm(heard[:, 0].to(self.verdict.weight.dtype))
+            ).float()  # (m, dim) -> (m, 2)
 
     @torch.no_grad()
-    def judge_many(self, recordings, pictures, pairs, batch_size=128, room=2**28):  # n times (T, dim) without padding, (m, P, dim), as in forward; pairs at once, bytes
+    def judge_many(
+        self, recordings, pictures, pairs, batch_size=128, room=2**28
+    ):  # n times (T, dim) without padding, (m, P, dim), as in forward; pairs at once, bytes
         "As forward, for any number of pairs in any order: like lengths together, each picture and recording of a batch once."
         speech, image = pairs
-        lengths, logits, device = torch.tensor([len(one) for one in recordings]), torch.empty(len(speech), 2), self.verdict.weight.device
-        order = (lengths[speech] * len(recordings) + speech).argsort()  # by length, and the pairs of a recording side by side
-        fitting = max(1, room // (8 * len(self.blocks) * pictures[:1].numel() + 1))  # pictures whose keys and values have room
+        lengths, logits, device = (
+            torch.tensor([len(one) for one in recordings]),
+            torch.empty(len(speech), 2),
+            self.verdict.weight.device,
+        )
+        order = (
+            lengths[speech] * len(recordings) + speech
+        ).argsort()  # by length, and the pairs of a recording side by side
+        fitting = max(
+            1, room // (8 * len(self.blocks) * pictures[:1].numel() + 1)
+        )  # pictures whose keys and values have room
         for some in image.unique().split(fitting):
             seen, rows = self.see(pictures[some].to(device)), order[torch.isin(image[order], some)]
             for part in rows.split(batch_size):
                 spoken, place = speech[part].unique(return_inverse=True)
-                tokens = pad_sequence([recordings[row] for row in spoken.tolist()], batch_first=True).to(device)
+                tokens = pad_sequence(
+                    [recordings[row] for row in spoken.tolist()], batch_first=True
+                ).to(device)
                 mask = (torch.arange(tokens.shape[1]) < lengths[spoken, None]).to(device)
                 shown = torch.searchsorted(some, image[part])
-                logits[part] = self.judge(self.hear(tokens, mask), mask, seen, (place.to(device), shown.to(device))).cpu()
+                logits[part] = self.judge(
+                    self.hear(tokens, mask), mask, seen, (place.to(device), shown.to(device))
+                ).cpu()
         return logits
 
     def wanted(self, place):  # index of a block

@@ -24,37 +24,48 @@ from .core import InputError
 def mel_power():
     "The wave -> mel power transform, made once: windows of 25 ms every 10 ms, 64 bands from 0 to 8 kHz."
     import torchaudio  # slow to import, so only where waves are read
-    return torchaudio.transforms.MelSpectrogram(16_000, n_fft=512, win_length=400, hop_length=160, n_mels=64, pad_mode="constant")
+
+    return torchaudio.transforms.MelSpectrogram(
+        16_000, n_fft=512, win_length=400, hop_length=160, n_mels=64, pad_mode="constant"
+    )
 
 
 class LogMel:
     "Front end: how loud each of 64 bands of pitch is, every 10 ms, whatever the loudness of the recording."
+
     feature_dim = 64
-    dynamic_range = 1e-8  # power further than 80 dB below the clip's loudest point counts as silence
+    dynamic_range = (
+        1e-8  # power further than 80 dB below the clip's loudest point counts as silence
+    )
 
     @property
-    def params(self): return "log-mel-1 16kHz 25ms/10ms 64 bands 80dB"
+    def params(self):
+        return "log-mel-1 16kHz 25ms/10ms 64 bands 80dB"
 
     def frames(self, samples):  # length of a wave at 16 kHz
         "How many frames a wave of that length gives; at least one."
         return samples // 160 + 1
 
     @torch.no_grad()
-    def __call__(self,
-                 wave,  # (n,) float at 16 kHz, tensor or array
-                ):
+    def __call__(
+        self,
+        wave,  # (n,) float at 16 kHz, tensor or array
+    ):
         "(T, 64) float16, T = frames(n): zero mean in each band and variance 1 overall; silence gives zeros."
         wave = torch.as_tensor(wave, dtype=torch.float32)
-        power = mel_power()(wave if len(wave) else wave.new_zeros(1)).T                    # (T, 64)
+        power = mel_power()(wave if len(wave) else wave.new_zeros(1)).T  # (T, 64)
         logs = power.clamp(min=max(self.dynamic_range * power.max().item(), 1e-12)).log()
-        logs = logs - logs.mean(0)                                                         # the microphone's colour goes
-        return (logs / (logs.square().mean().sqrt() + 1e-2)).numpy().astype(np.float16)    # 1e-2: silence / 0 would be NaN
+        logs = logs - logs.mean(0)  # the microphone's colour goes
+        return (
+            (logs / (logs.square().mean().sqrt() + 1e-2)).numpy().astype(np.float16)
+        )  # 1e-2: silence / 0 would be NaN
 
 # %% ../nbs/03_speech.ipynb #2202b334
 #| exercise: speech frame_mask
-def frame_mask(lengths,  # (B,) valid frames; None: all of them
-               x,        # (B, T, ...) the padded batch
-              ):
+def frame_mask(
+    lengths,  # (B,) valid frames; None: all of them
+    x,  # (B, T, ...) the padded batch
+):
     "(B, T) bool, True = valid."
     positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     return positions < (x.shape[1] if lengths is None else lengths.to(x.device)[:, None])
@@ -64,15 +75,26 @@ def frame_mask(lengths,  # (B,) valid frames; None: all of them
 class MaskedBatchNorm(nn.BatchNorm1d):
     "Batch normalisation whose statistics come from valid frames alone; padding comes out as zero."
 
-    def forward(self,
-                x,     # (B, T, C)
-                mask,  # (B, T) bool, True = valid
-               ):
+    def forward(
+        self,
+        x,  # (B, T, C)
+        mask,  # (B, T) bool, True = valid
+    ):
         "(B, T, C). In eval each frame is scaled by the running statistics, so no frame depends on another."
-        rows = x[mask]                                                                     # (N, C): the padding is gone
-        if self.training and len(rows) == 1:                                               # one frame has no variance
-            rows = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
-        else: rows = super().forward(rows)
+        rows = x[mask]  # (N, C): the padding is gone
+        if self.training and len(rows) == 1:  # one frame has no variance
+            rows = F.batch_norm(
+                rows,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                False,
+                0.0,
+                self.eps,
+            )
+        else:
+            rows = super().forward(rows)
         return rows.new_zeros(x.shape).masked_scatter(rearrange(mask, "b t -> b t 1"), rows)
 
 # %% ../nbs/03_speech.ipynb #d96a0b11
@@ -80,108 +102,163 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 class ConvBlock(nn.Module):
     "Convolution over time at half the rate, then one at the same rate with a short cut; padding never enters."
 
-    def __init__(self,
-                 inlet,   # channels in
-                 outlet,  # channels out
-                ):
+    def __init__(
+        self,
+        inlet,  # channels in
+        outlet,  # channels out
+    ):
         super().__init__()
-        self.down, self.norm_down = nn.Conv1d(inlet, outlet, 5, stride=2, padding=2, bias=False), MaskedBatchNorm(outlet)
-        self.same, self.norm_same = nn.Conv1d(outlet, outlet, 3, padding=1, bias=False), MaskedBatchNorm(outlet)
+        self.down, self.norm_down = (
+            nn.Conv1d(inlet, outlet, 5, stride=2, padding=2, bias=False),
+            MaskedBatchNorm(outlet),
+        )
+        self.same, self.norm_same = (
+            nn.Conv1d(outlet, outlet, 3, padding=1, bias=False),
+            MaskedBatchNorm(outlet),
+        )
 
-    def forward(self,
-                x,     # (B, T, inlet), zero where the mask is False
-                mask,  # (B, T) bool
-               ):
+    def forward(
+        self,
+        x,  # (B, T, inlet), zero where the mask is False
+        mask,  # (B, T) bool
+    ):
         "(B, ceil(T/2), outlet), zero at padding, and its mask."
-        mask = mask[:, ::2]                                                                # output j is centred on input 2j
-        x = F.gelu(self.norm_down(self.over_time(self.down, x), mask))                     # (B, ceil(T/2), outlet); gelu(0) = 0
+        mask = mask[:, ::2]  # output j is centred on input 2j
+        x = F.gelu(
+            self.norm_down(self.over_time(self.down, x), mask)
+        )  # (B, ceil(T/2), outlet); gelu(0) = 0
         return x + F.gelu(self.norm_same(self.over_time(self.same, x), mask)), mask
 
     def over_time(self, convolution, x):  # torch wants channels before time
         return rearrange(convolution(rearrange(x, "b t c -> b c t")), "b c t -> b t c")
 
 # %% ../nbs/03_speech.ipynb #2319ef9e
-def position_codes(length,  # T tokens
-                   width,   # size of a token
-                  ):
+def position_codes(
+    length,  # T tokens
+    width,  # size of a token
+):
     "(T, w) sines and cosines with wavelengths of 2 to 2,000 tokens, scaled to root-mean-square 1: as loud as a token."
-    waves = 2 * torch.pi / torch.logspace(np.log10(2), np.log10(2000), width // 2)         # (w/2,) radians per token
-    angles = torch.arange(length)[:, None] * waves                                         # (T, w/2)
-    return F.pad(2 ** .5 * torch.cat([angles.sin(), angles.cos()], -1), (0, width % 2))    # (T, w)
+    waves = (
+        2 * torch.pi / torch.logspace(np.log10(2), np.log10(2000), width // 2)
+    )  # (w/2,) radians per token
+    angles = torch.arange(length)[:, None] * waves  # (T, w/2)
+    return F.pad(2**0.5 * torch.cat([angles.sin(), angles.cos()], -1), (0, width % 2))  # (T, w)
 
 # %% ../nbs/03_speech.ipynb #5dbd3a88
 class MaskedGRU(nn.GRU):
     "A recurrent layer that walks over the valid tokens both ways; each way back starts at the last of them."
 
-    def __init__(self,
-                 width,  # size of a token; even, half for each direction
-                ):
-        if width % 2: raise InputError("width", f"{width} is odd, and a recurrent layer gives half of it to each direction", "choose an even width")
+    def __init__(
+        self,
+        width,  # size of a token; even, half for each direction
+    ):
+        if width % 2:
+            raise InputError(
+                "width",
+                f"{width} is odd, and a recurrent layer gives half of it to each direction",
+                "choose an even width",
+            )
         super().__init__(width, width // 2, batch_first=True, bidirectional=True)
 
-    def forward(self,
-                x,     # (B, T, w)
-                mask,  # (B, T) bool, True = valid, at least one per clip
-               ):
+    def forward(
+        self,
+        x,  # (B, T, w)
+        mask,  # (B, T) bool, True = valid, at least one per clip
+    ):
         "(B, T, w) in float32 whatever the precision; zero at padding, which is not even looked at."
         with torch.autocast(x.device.type, enabled=False):
-            if not x.is_cuda: return self.twice(clean(x.float(), mask), mask)
-            packed = nn.utils.rnn.pack_padded_sequence(x.float(), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-            return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+            if not x.is_cuda:
+                return self.twice(clean(x.float(), mask), mask)
+            packed = nn.utils.rnn.pack_padded_sequence(
+                x.float(), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+            )
+            return nn.utils.rnn.pad_packed_sequence(
+                super().forward(packed)[0], batch_first=True, total_length=x.shape[1]
+            )[0]
 
     def twice(self, x, mask):
         "The same as two ways there, the second over each clip turned round: on a CPU, backward through a packed sequence writes all of it at every step."
-        steps, start = torch.arange(x.shape[1], device=x.device), x.new_zeros(1, len(x), self.hidden_size)
-        back = torch.where(mask, mask.sum(1, keepdim=True) - 1 - steps, steps)[..., None]      # (B, T, 1) where each token stands the other way round
-        turn = lambda x: x.gather(1, back.expand(x.shape))                                     # (B, T, ...) turned twice is as before
-        walk = lambda x, weights: torch.gru(x, start, weights, True, 1, 0., self.training, False, True)[0]  # (B, T, w/2)
-        return clean(torch.cat([walk(x, self._flat_weights[:4]), turn(walk(turn(x), self._flat_weights[4:]))], -1), mask)
+        steps, start = (
+            torch.arange(x.shape[1], device=x.device),
+            x.new_zeros(1, len(x), self.hidden_size),
+        )
+        back = torch.where(mask, mask.sum(1, keepdim=True) - 1 - steps, steps)[
+            ..., None
+        ]  # (B, T, 1) where each token stands the other way round
+        turn = lambda x: x.gather(1, back.expand(x.shape))  # (B, T, ...) turned twice is as before
+        walk = lambda x, weights: torch.gru(
+            x, start, weights, True, 1, 0.0, self.training, False, True
+        )[0]  # (B, T, w/2)
+        return clean(
+            torch.cat(
+                [walk(x, self._flat_weights[:4]), turn(walk(turn(x), self._flat_weights[4:]))], -1
+            ),
+            mask,
+        )
 
 # %% ../nbs/03_speech.ipynb #b56e0d25
 #| exercise: speech peak
-def peak(tokens,  # (B, T, w)
-         mask,    # (B, T) bool, True = valid; None = all
-        ):
+def peak(
+    tokens,  # (B, T, w)
+    mask,  # (B, T) bool, True = valid; None = all
+):
     "(B, w): how strongly each feature is present anywhere, at least 0. A mean would fade in a longer clip."
-    return clean(tokens, mask).max(1).values.relu()  # not amax: compiled in half precision, its backward finds no token as large as the peak, and divides by 0
+    return (
+        clean(tokens, mask).max(1).values.relu()
+    )  # not amax: compiled in half precision, its backward finds no token as large as the peak, and divides by 0
 
 # %% ../nbs/03_speech.ipynb #22fc69c9
 class Reader(nn.Module):
     "[CLS] in front, some attention blocks, a norm at the end: what turns prepared tokens into Encoded."
 
-    def __init__(self,
-                 config,  # Config: width, heads, dropout
-                 depth,   # number of blocks
-                ):
+    def __init__(
+        self,
+        config,  # Config: width, heads, dropout
+        depth,  # number of blocks
+    ):
         super().__init__()
-        self.cls = nn.Parameter(torch.randn(config.width) * .02)
+        self.cls = nn.Parameter(torch.randn(config.width) * 0.02)
         self.before, self.after = (nn.Linear(config.width, config.width) for _ in range(2))
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.dropout) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self,
-                tokens,  # (B, T, w) unit-scale tokens
-                codes,   # (T, w) where they are
-                mask=None,  # (B, T) bool, True = valid; None = all, and nothing is spent on masking
-               ):
+    def forward(
+        self,
+        tokens,  # (B, T, w) unit-scale tokens
+        codes,  # (T, w) where they are
+        mask=None,  # (B, T) bool, True = valid; None = all, and nothing is spent on masking
+    ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); padded tokens are zero."
-        cls = self.cls + self.before(peak(tokens, mask))                                   # (B, w) what is there, before asking where
-        tokens = torch.cat([rearrange(cls, "b w -> b 1 w"), (tokens + codes).to(cls)], 1)  # (B, 1+T, w)
+        cls = self.cls + self.before(
+            peak(tokens, mask)
+        )  # (B, w) what is there, before asking where
+        tokens = torch.cat(
+            [rearrange(cls, "b w -> b 1 w"), (tokens + codes).to(cls)], 1
+        )  # (B, 1+T, w)
         inner = mask
-        if mask is not None: mask = F.pad(mask, (1, 0), value=True)                        # (B, 1+T)
-        for block in self.blocks: tokens = block(tokens, mask)
-        found = rearrange(self.after(peak(tokens[:, 1:], inner)), "b w -> b 1 w")          # (B, 1, w) what is where
+        if mask is not None:
+            mask = F.pad(mask, (1, 0), value=True)  # (B, 1+T)
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        found = rearrange(
+            self.after(peak(tokens[:, 1:], inner)), "b w -> b 1 w"
+        )  # (B, 1, w) what is where
         tokens = clean(self.norm(torch.cat([tokens[:, :1] + found, tokens[:, 1:]], 1)), mask)
-        return Encoded(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask)
+        return Encoded(
+            tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+        )
 
 # %% ../nbs/03_speech.ipynb #f313313a
 class SpeechTower(nn.Module):
     "Log-mel frames to tokens, from scratch: three ConvBlocks (a token every 80 ms), a recurrent layer, position codes, a Reader."
 
-    def __init__(self,
-                 config,          # Config: width (even), heads, dropout, speech_depth
-                 front_end=None,  # LogMel() when left out
-                ):
+    def __init__(
+        self,
+        config,  # Config: width (even), heads, dropout, speech_depth
+        front_end=None,  # LogMel() when left out
+    ):
         super().__init__()
         self.front_end, self.width = front_end or LogMel(), config.width
         channels = [self.front_end.feature_dim, 128, 160, config.width]
@@ -189,14 +266,16 @@ class SpeechTower(nn.Module):
         self.norm_tokens, self.norm_order = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.order, self.reader = MaskedGRU(config.width), Reader(config, config.speech_depth)
 
-    def forward(self,
-                features,      # (B, T, 64) padded log-mels
-                lengths=None,  # (B,) frames that count; all when left out
-               ):
+    def forward(
+        self,
+        features,  # (B, T, 64) padded log-mels
+        lengths=None,  # (B,) frames that count; all when left out
+    ):
         "Encoded(tokens (B, 1+ceil(T/8), w), mask (B, 1+ceil(T/8))); what lies behind a length changes nothing."
-        mask = frame_mask(lengths, features)                                               # (B, T)
+        mask = frame_mask(lengths, features)  # (B, T)
         x = clean(features, mask)
-        for block in self.stem: x, mask = block(x, mask)                                   # (B, ceil(T/8), w)
+        for block in self.stem:
+            x, mask = block(x, mask)  # (B, ceil(T/8), w)
         x = self.norm_tokens(x)
-        codes = position_codes(x.shape[1], self.width).to(x)                               # (ceil(T/8), w)
+        codes = position_codes(x.shape[1], self.width).to(x)  # (ceil(T/8), w)
         return self.reader(x + self.norm_order(self.order(x, mask)), codes, mask)

@@ -14,72 +14,158 @@ from .core import InputError
 # %% ../nbs/01b_store.ipynb #e535d481
 MAX_BYTES = 512 * 2**20  # a single file above this is a mistake
 
+
 def safe(path, where):
     "The path, if it stays inside its corpus. Raises InputError for an absolute path, a drive, a backslash or `..`."
-    if not isinstance(path, str) or not path: raise InputError(where, f"{path!r} is no file name", 'give a relative path such as "wavs/1.wav"')
-    if path.startswith("/") or "\\" in path or "\0" in path or path[1:2] == ":" or ".." in path.split("/"):
-        raise InputError(where, f"the path {path!r} leaves the folder of the corpus", "give a path inside it, with forward slashes")
+    if not isinstance(path, str) or not path:
+        raise InputError(
+            where, f"{path!r} is no file name", 'give a relative path such as "wavs/1.wav"'
+        )
+    if (
+        path.startswith("/")
+        or "\\" in path
+        or "\0" in path
+        or path[1:2] == ":"
+        or ".." in path.split("/")
+    ):
+        raise InputError(
+            where,
+            f"the path {path!r} leaves the folder of the corpus",
+            "give a path inside it, with forward slashes",
+        )
     return path
+
 
 class Store:
     "The files of a corpus: a folder, or a zip archive that is never unpacked; each NAME-*.zip beside NAME.zip belongs to it."
+
     def __init__(self, root):
-        self.root, self.zipped, self.process, self.files, self.folders = Path(root), not Path(root).is_dir(), None, {}, {}
-        beside = self.root.parent.glob(f"{glob.escape(self.root.stem)}-*.zip") if self.zipped else ()
-        self.parts = [*sorted(part for part in beside if part.is_file()), self.root]  # the last one wins: a stray copy beside it changes no file of NAME.zip
-        for name in self.open() if self.zipped else (): safe(name, self.root)
+        self.root, self.zipped, self.process, self.files, self.folders = (
+            Path(root),
+            not Path(root).is_dir(),
+            None,
+            {},
+            {},
+        )
+        beside = (
+            self.root.parent.glob(f"{glob.escape(self.root.stem)}-*.zip") if self.zipped else ()
+        )
+        self.parts = [
+            *sorted(part for part in beside if part.is_file()),
+            self.root,
+        ]  # the last one wins: a stray copy beside it changes no file of NAME.zip
+        for name in self.open() if self.zipped else ():
+            safe(name, self.root)
 
     def open(self):
         "{name: (archive, entry)}. Each process opens its own: after a fork two readers of one handle would move each other's place."
         if self.process != os.getpid():
             archives = []
             for part in self.parts:
-                try: archives.append(zipfile.ZipFile(part))
-                except FileNotFoundError: raise InputError(part, "does not exist", "give a folder, a .zip file, or one of scenes, stamps") from None
+                try:
+                    archives.append(zipfile.ZipFile(part))
+                except FileNotFoundError:
+                    raise InputError(
+                        part,
+                        "does not exist",
+                        "give a folder, a .zip file, or one of scenes, stamps",
+                    ) from None
                 except (OSError, zipfile.BadZipFile) as error:
-                    raise InputError(part, f"is neither a folder nor a readable zip archive ({error})", "check the path or copy it again") from None
-            self.files, self.process = {entry.filename: (archive, entry) for archive in archives for entry in archive.infolist()}, os.getpid()
+                    raise InputError(
+                        part,
+                        f"is neither a folder nor a readable zip archive ({error})",
+                        "check the path or copy it again",
+                    ) from None
+            self.files, self.process = (
+                {
+                    entry.filename: (archive, entry)
+                    for archive in archives
+                    for entry in archive.infolist()
+                },
+                os.getpid(),
+            )
         return self.files
 
-    def __getstate__(self): return {**vars(self), "process": None, "files": {}, "folders": {}}  # handles cannot travel to another process
+    def __getstate__(self):
+        return {
+            **vars(self),
+            "process": None,
+            "files": {},
+            "folders": {},
+        }  # handles cannot travel to another process
 
     def names(self, deep=True):
         "All files, sorted; only those at the top with deep=False. Hidden ones are left out."
-        if self.zipped: found = (name for name in self.open() if not name.endswith("/") and (deep or "/" not in name))
-        else: found = (path.relative_to(self.root).as_posix() for path in self.root.glob("**/*" if deep else "*") if path.is_file())
-        return sorted(name for name in found if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
+        if self.zipped:
+            found = (
+                name for name in self.open() if not name.endswith("/") and (deep or "/" not in name)
+            )
+        else:
+            found = (
+                path.relative_to(self.root).as_posix()
+                for path in self.root.glob("**/*" if deep else "*")
+                if path.is_file()
+            )
+        return sorted(
+            name
+            for name in found
+            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+        )
 
     def fault(self, path):
         "What keeps this file from being read, or None; found out without reading it."
         if self.zipped:
             entry = self.open().get(path, (None, None))[1]
-            if entry is None or entry.is_dir(): return "is not in the archive"
-            return "is a link" if stat.S_ISLNK(entry.external_attr >> 16) else "is too large" if entry.file_size > MAX_BYTES else None
+            if entry is None or entry.is_dir():
+                return "is not in the archive"
+            return (
+                "is a link"
+                if stat.S_ISLNK(entry.external_attr >> 16)
+                else "is too large"
+                if entry.file_size > MAX_BYTES
+                else None
+            )
         real = os.path.realpath(self.root / path)
-        if self.outside(real): return "is a link that leaves the folder (SPEECHIMG_LINKS=follow allows links of your own)"
-        if not os.path.isfile(real): return "is not a file" if os.path.exists(real) else "does not exist"
+        if self.outside(real):
+            return (
+                "is a link that leaves the folder (SPEECHIMG_LINKS=follow allows links of your own)"
+            )
+        if not os.path.isfile(real):
+            return "is not a file" if os.path.exists(real) else "does not exist"
         return "is too large" if os.path.getsize(real) > MAX_BYTES else None
 
     def outside(self, real):
         "Whether a path without links lies outside of the corpus, and nobody has allowed that."
         top = os.path.realpath(self.root)
-        return os.path.commonpath([real, top]) != top and os.environ.get("SPEECHIMG_LINKS") != "follow"
+        return (
+            os.path.commonpath([real, top]) != top and os.environ.get("SPEECHIMG_LINKS") != "follow"
+        )
 
     def listing(self, folder):
         '{name: "file", "folder" or "link"} of what lies in a folder ("" = the root), read once; empty where there is none.'
         if self.zipped and not self.folders:
             for path in (name for name in self.open()):
                 kind, path = "folder" if path.endswith("/") else "file", path.rstrip("/")
-                while path:                                               # archives need not hold entries for their folders
+                while path:  # archives need not hold entries for their folders
                     parent, _, name = path.rpartition("/")
                     self.folders.setdefault(parent, {}).setdefault(name, kind)
                     kind, path = "folder", parent
         elif not self.zipped and folder not in self.folders:
-            beyond = self.outside(os.path.realpath(self.root / folder))  # behind a link that leaves nothing is taken for granted
+            beyond = self.outside(
+                os.path.realpath(self.root / folder)
+            )  # behind a link that leaves nothing is taken for granted
             try:
                 with os.scandir(self.root / folder) as found:
-                    self.folders[folder] = {one.name: "link" if beyond or one.is_symlink() else "folder" if one.is_dir() else "file" for one in found}
-            except OSError: self.folders[folder] = {}
+                    self.folders[folder] = {
+                        one.name: "link"
+                        if beyond or one.is_symlink()
+                        else "folder"
+                        if one.is_dir()
+                        else "file"
+                        for one in found
+                    }
+            except OSError:
+                self.folders[folder] = {}
         return self.folders.get(folder, {})
 
     def listed(self, path):
@@ -91,30 +177,54 @@ class Store:
     def read(self, path):
         "The bytes of a file. Raises InputError."
         where, fault = f"{self.root}/{path}", self.fault(safe(path, self.root))
-        if fault: raise InputError(where, fault, "restore the file or take its entry out")
+        if fault:
+            raise InputError(where, fault, "restore the file or take its entry out")
         try:
-            if not self.zipped: return (self.root / path).read_bytes()
+            if not self.zipped:
+                return (self.root / path).read_bytes()
             archive, entry = self.open()[path]
             return archive.read(entry)
-        except (OSError, zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            zipfile.zlib.error,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+        ) as error:
             raise InputError(where, f"cannot be read ({error})", "copy it again") from None
 
 # %% ../nbs/01b_store.ipynb #9605b236
 def typed(entry, key, kind, where, default=...):
     "entry[key], which has to be of this kind, or the default if one is given. Raises InputError."
     words = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
-    if not isinstance(entry, dict): raise InputError(where, f"holds {entry!r:.40} where an object should be", 'write {"image": ..., "captions": [...]}')
+    if not isinstance(entry, dict):
+        raise InputError(
+            where,
+            f"holds {entry!r:.40} where an object should be",
+            'write {"image": ..., "captions": [...]}',
+        )
     value = entry.get(key, default)
-    if value is ...: raise InputError(where, f"{key!r} is missing", f"add {words[kind]} under that name")
-    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)): raise InputError(where, f"{key!r} is {value!r:.40}", f"give {words[kind]}")
+    if value is ...:
+        raise InputError(where, f"{key!r} is missing", f"add {words[kind]} under that name")
+    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise InputError(where, f"{key!r} is {value!r:.40}", f"give {words[kind]}")
     return value
+
 
 def parsed(store, name):
     "What one of the JSON files of a corpus holds. Raises InputError."
-    try: return json.loads(store.read(name).decode())
+    try:
+        return json.loads(store.read(name).decode())
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError): raise
-        raise InputError(f"{store.root}/{name}", f"is not valid JSON ({error})", "repair the file or make it again") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{store.root}/{name}",
+            f"is not valid JSON ({error})",
+            "repair the file or make it again",
+        ) from None
+
 
 def manifest(store, name):
     'The list under "data" in one of the JSON files of a corpus. Raises InputError.'

@@ -21,32 +21,59 @@ from .pairs import uri
 from .retrieval import open_gallery, search
 
 # %% ../nbs/14b_studio.ipynb #8999fca2
-def received(content,           # {"kind": "recording"}, or {"kind": "file", "name": ...}
-             buffers,           # what came with it: 16-bit numbers at 16 kHz, or the bytes of a file
-             max_seconds=20.):  # keep one second more than that, so that one can tell that it was longer
+def received(
+    content,  # {"kind": "recording"}, or {"kind": "file", "name": ...}
+    buffers,  # what came with it: 16-bit numbers at 16 kHz, or the bytes of a file
+    max_seconds=20.0,
+):  # keep one second more than that, so that one can tell that it was longer
     "(n,) float32 at 16 kHz. Raises InputError for everything that is no sound."
     data = bytes(buffers[0]) if buffers else b""
     name = str(content.get("name") or "the recording")[:100]
-    if content.get("kind") == "file": return decode_audio(data, name, max_seconds + 1)
-    if content.get("kind") != "recording" or len(data) % 2: raise InputError(name, "did not arrive whole", "record it again")
-    return torch.from_numpy(np.frombuffer(data, "<i2")[: int((max_seconds + 1) * SAMPLE_RATE)].astype(np.float32) / 32767)
+    if content.get("kind") == "file":
+        return decode_audio(data, name, max_seconds + 1)
+    if content.get("kind") != "recording" or len(data) % 2:
+        raise InputError(name, "did not arrive whole", "record it again")
+    return torch.from_numpy(
+        np.frombuffer(data, "<i2")[: int((max_seconds + 1) * SAMPLE_RATE)].astype(np.float32)
+        / 32767
+    )
 
 # %% ../nbs/14b_studio.ipynb #a20fd70b
-def show_answers(wave, corpus, hits, top=5, right=(), title=""):  # (n,), Corpus, retrieval.Hit; places of pictures to frame in green
+def show_answers(
+    wave, corpus, hits, top=5, right=(), title=""
+):  # (n,), Corpus, retrieval.Hit; places of pictures to frame in green
     "What was said, the best pictures of the coarse stage, and those of the fine one."
     from matplotlib.patches import Rectangle
-    figure, axes = sheet(1.75 * top, 5.4, 3, top, height_ratios=[.8, 2, 2])
-    for axis in axes[0]: axis.remove()
+
+    figure, axes = sheet(1.75 * top, 5.4, 3, top, height_ratios=[0.8, 2, 2])
+    for axis in axes[0]:
+        axis.remove()
     above = figure.add_subplot(axes[0, 0].get_gridspec()[0, :])
-    above.imshow(log_mel(wave).numpy(), origin="lower", aspect="auto", cmap="mako", vmin=-80, vmax=0, extent=(0, max(len(wave), 1) / SAMPLE_RATE, 0, 64)); above.grid(False)
+    above.imshow(
+        log_mel(wave).numpy(),
+        origin="lower",
+        aspect="auto",
+        cmap="mako",
+        vmin=-80,
+        vmax=0,
+        extent=(0, max(len(wave), 1) / SAMPLE_RATE, 0, 64),
+    )
+    above.grid(False)
     above.set(xlabel="second", ylabel="mel band", title=title)
-    for axis in axes[1:].flat: axis.axis("off")
-    for row, stage, order in zip(axes[1:], ("coarse", "fine"), (sorted(hits, key=lambda hit: hit.before), hits)):
-        row[0].text(-.12, .5, stage, rotation=90, va="center", transform=row[0].transAxes)
+    for axis in axes[1:].flat:
+        axis.axis("off")
+    for row, stage, order in zip(
+        axes[1:], ("coarse", "fine"), (sorted(hits, key=lambda hit: hit.before), hits)
+    ):
+        row[0].text(-0.12, 0.5, stage, rotation=90, va="center", transform=row[0].transAxes)
         for axis, hit in zip(row, order):
             picture = corpus.load_picture(hit.picture).convert("RGB").resize((150, 150))
-            axis.imshow(picture); axis.set_title(f"coarse {hit.before}, fine {hit.rank}", size=10)
-            if hit.picture in right: axis.add_patch(Rectangle((0, 0), 149, 149, fill=False, edgecolor="limegreen", linewidth=5))
+            axis.imshow(picture)
+            axis.set_title(f"coarse {hit.before}, fine {hit.rank}", size=10)
+            if hit.picture in right:
+                axis.add_patch(
+                    Rectangle((0, 0), 149, 149, fill=False, edgecolor="limegreen", linewidth=5)
+                )
     return figure
 
 # %% ../nbs/14b_studio.ipynb #5334075b
@@ -176,48 +203,74 @@ def make_front(max_seconds):
 
     class Front(anywidget.AnyWidget):
         _esm, _css = FRONT, LOOK
-        max_seconds = traitlets.Float(20.).tag(sync=True)
-        message = traitlets.Unicode("").tag(sync=True)   # what a person should know
-        heard = traitlets.Unicode("").tag(sync=True)     # the query, to be played
-        hits = traitlets.List([]).tag(sync=True)         # {picture, name, src, coarse, fine}
-        clips = traitlets.Dict({}).tag(sync=True)        # {title, sounds: [{text, src}]}
-        number = traitlets.Int(0).tag(sync=True)         # of answers so far: changes last, so that the page draws once
+        max_seconds = traitlets.Float(20.0).tag(sync=True)
+        message = traitlets.Unicode("").tag(sync=True)  # what a person should know
+        heard = traitlets.Unicode("").tag(sync=True)  # the query, to be played
+        hits = traitlets.List([]).tag(sync=True)  # {picture, name, src, coarse, fine}
+        clips = traitlets.Dict({}).tag(sync=True)  # {title, sounds: [{text, src}]}
+        number = traitlets.Int(0).tag(
+            sync=True
+        )  # of answers so far: changes last, so that the page draws once
+
     return Front(max_seconds=max_seconds)
 
 # %% ../nbs/14b_studio.ipynb #26d3d2a7
 class Studio:
     "Say what you are looking for, or choose a file; click a picture to hear how others described it."
 
-    def __init__(self, model,        # SpeechImageModel
-                 pictures="scenes",  # what is searched: "scenes", "stamps", another corpus, any folder of pictures
-                 top=16):            # how many are re-ranked; the page shows the best five of each stage
+    def __init__(
+        self,
+        model,  # SpeechImageModel
+        pictures="scenes",  # what is searched: "scenes", "stamps", another corpus, any folder of pictures
+        top=16,
+    ):  # how many are re-ranked; the page shows the best five of each stage
         self.model, self.top, self.max_seconds = model, top, model.config.max_seconds
         self.gallery = open_gallery(model, pictures)
         self.corpus = self.gallery[0]
-        self.told = load_corpus(pictures, self.corpus.split, "skip", False) if self.corpus.split != "pictures" else self.corpus  # with its captions
-        self.clips_of = {}                                                          # path of a picture -> its captions
-        for row, caption in enumerate(self.told.captions): self.clips_of.setdefault(self.told.pictures[caption.image].path, []).append(row)
+        self.told = (
+            load_corpus(pictures, self.corpus.split, "skip", False)
+            if self.corpus.split != "pictures"
+            else self.corpus
+        )  # with its captions
+        self.clips_of = {}  # path of a picture -> its captions
+        for row, caption in enumerate(self.told.captions):
+            self.clips_of.setdefault(self.told.pictures[caption.image].path, []).append(row)
         self.wave, self.hits, self.message, self.example = torch.zeros(0), [], "", {}
 
     def search_wave(self, wave):  # (n,) float at 16 kHz
         "Hits, best first; .message says what a person should know. Raises InputError for what is no sound."
         wave = read_wave(wave, "the recording", 1e6)
         seconds, self.wave = len(wave) / SAMPLE_RATE, wave[: int(self.max_seconds * SAMPLE_RATE)]
-        if is_silent(self.wave): self.hits, self.message = [], "Nothing was heard: the recording is silent. Is the right microphone chosen, and is it switched on?"
+        if is_silent(self.wave):
+            self.hits, self.message = (
+                [],
+                "Nothing was heard: the recording is silent. Is the right microphone chosen, and is it switched on?",
+            )
         else:
             self.hits = search(self.model, self.wave, self.gallery, self.top, self.top)
-            self.message = f"Only the first {self.max_seconds:g} seconds were used." if seconds > self.max_seconds else f"{len(self.wave) / SAMPLE_RATE:.1f} seconds were heard."
+            self.message = (
+                f"Only the first {self.max_seconds:g} seconds were used."
+                if seconds > self.max_seconds
+                else f"{len(self.wave) / SAMPLE_RATE:.1f} seconds were heard."
+            )
         return self.hits
 
     def captions_of(self, picture, most=12):  # its place in the gallery
         "[(text, wave), ...]: how others described it; empty if nobody did."
         rows = self.clips_of.get(self.corpus.pictures[picture].path, [])[:most]
-        name = lambda one: one.text if one.language in ("", "en") else f"{one.text} ({one.language})"
-        return [(name(self.told.captions[row]), self.told.load_wave(row, self.max_seconds)) for row in rows]
+        name = lambda one: (
+            one.text if one.language in ("", "en") else f"{one.text} ({one.language})"
+        )
+        return [
+            (name(self.told.captions[row]), self.told.load_wave(row, self.max_seconds))
+            for row in rows
+        ]
 
     def show(self, **more):  # right, title, as in show_answers
         "The last answer as a Figure."
-        return show_answers(self.wave, self.corpus, self.hits, title=more.pop("title", self.message), **more)
+        return show_answers(
+            self.wave, self.corpus, self.hits, title=more.pop("title", self.message), **more
+        )
 
     @cached_property
     def front(self):
@@ -229,20 +282,35 @@ class Studio:
     def answer(self, front, content, buffers):
         "What came from the page is answered there; a mistake is told in words."
         try:
-            if content.get("kind") == "hear": return self.play(int(content["picture"]))
+            if content.get("kind") == "hear":
+                return self.play(int(content["picture"]))
             front.heard, self.hits = "", []
             self.search_wave(received(content, buffers, self.max_seconds))
             front.heard = uri(self.wave)
-        except (InputError, KeyError, ValueError, IndexError) as error: self.message = str(error)
+        except (InputError, KeyError, ValueError, IndexError) as error:
+            self.message = str(error)
         front.message, front.clips = self.message, {}
-        front.hits = [{"picture": hit.picture, "name": ", ".join(self.corpus.pictures[hit.picture].concepts) or Path(hit.path).name, "coarse": hit.before, "fine": hit.rank,
-                       "src": uri(self.corpus.load_picture(hit.picture), 150)} for hit in self.hits if min(hit.before, hit.rank) <= 5]
+        front.hits = [
+            {
+                "picture": hit.picture,
+                "name": ", ".join(self.corpus.pictures[hit.picture].concepts)
+                or Path(hit.path).name,
+                "coarse": hit.before,
+                "fine": hit.rank,
+                "src": uri(self.corpus.load_picture(hit.picture), 150),
+            }
+            for hit in self.hits
+            if min(hit.before, hit.rank) <= 5
+        ]
         front.number += 1
 
     def play(self, picture):
         "Send the captions of a picture to the page."
         sounds = [{"text": text, "src": uri(wave)} for text, wave in self.captions_of(picture)]
-        self.front.clips = {"title": "How others described it" if sounds else "Nobody has described this picture.", "sounds": sounds}
+        self.front.clips = {
+            "title": "How others described it" if sounds else "Nobody has described this picture.",
+            "sounds": sounds,
+        }
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = self.front._repr_mimebundle_()

@@ -24,29 +24,60 @@ from .distributed import average, processes, row_counts, sum_over_all, world, ze
 from .hubert import rate_factors
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
-from .runs import COLUMNS, begin_with, board, checkpoints, draw_curves, latest_checkpoint, open_log, prune, restore, save_checkpoint, validation_row
+from speechimg.runs import (
+    COLUMNS,
+    begin_with,
+    board,
+    checkpoints,
+    draw_curves,
+    latest_checkpoint,
+    open_log,
+    prune,
+    restore,
+    save_checkpoint,
+    validation_row,
+)
 
 # %% ../nbs/13_train.ipynb #8027b51c
 def learning_rate(config, step):  # Config, optimiser steps done so far
     "Linear warm-up, then half a cosine down to final_learning_rate. A function of the step alone, so there is nothing to save."
-    if step < config.warmup_steps: return config.learning_rate * (step + 1) / config.warmup_steps
-    part = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)       # 0 .. 1
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * part)) / 2
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    part = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)  # 0 .. 1
+    return (
+        config.final_learning_rate
+        + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * part)) / 2
+    )
 
 
-def make_optimizer(model, config):  # SpeechImageModel on its device, Config: learning_rate, weight_decay, layer_decay
+def make_optimizer(
+    model, config
+):  # SpeechImageModel on its device, Config: learning_rate, weight_decay, layer_decay
     "AdamW in which only weights of matrices and kernels decay: not biases, norms, [CLS], position codes, temperature, nor those of a GRU. What is frozen is left out."
     groups, factors = {}, layer_rates(model, config.layer_decay)
-    for name, p in model.named_parameters():                               # position codes are bare, not a .weight
-        if p.requires_grad: groups.setdefault((p.ndim <= 1 or not name.endswith(".weight"), factors.get(name, 1.)), []).append(p)
-    parts = [{"params": params, "weight_decay": 0. if bare else config.weight_decay, "factor": factor} for (bare, factor), params in sorted(groups.items())]
-    return torch.optim.AdamW(parts, lr=config.learning_rate, fused=True)   # fused: one pass over all weights
+    for name, p in model.named_parameters():  # position codes are bare, not a .weight
+        if p.requires_grad:
+            groups.setdefault(
+                (p.ndim <= 1 or not name.endswith(".weight"), factors.get(name, 1.0)), []
+            ).append(p)
+    parts = [
+        {"params": params, "weight_decay": 0.0 if bare else config.weight_decay, "factor": factor}
+        for (bare, factor), params in sorted(groups.items())
+    ]
+    return torch.optim.AdamW(
+        parts, lr=config.learning_rate, fused=True
+    )  # fused: one pass over all weights
 
 
 def layer_rates(model, decay):  # SpeechImageModel, Config.layer_decay
     "{name of a parameter: factor of its learning rate}, for pretrained towers that learn."
     towers = {"speech_tower": model.speech_tower, "image_tower": model.image_tower}
-    return {f"encoders.{side}.{name}": factor for side, tower in towers.items() if hasattr(tower, "rungs") for name, factor in rate_factors(tower, decay).items()}
+    return {
+        f"encoders.{side}.{name}": factor
+        for side, tower in towers.items()
+        if hasattr(tower, "rungs")
+        for name, factor in rate_factors(tower, decay).items()
+    }
 
 # %% ../nbs/13_train.ipynb #58779973
 def generator_for(*numbers):  # non-negative integers: seed, purpose, step
@@ -58,32 +89,74 @@ def batches(config, features, start=0):  # Config, data.Features, first step wan
     "Yield (step, epoch, caption indices) from `start` on; the order of an epoch follows from (seed, epoch) alone."
     step, epoch, singles = 0, 0, min(config.singles_first, config.steps)
     while step < config.steps:
-        end = singles if step < singles else config.steps                  # at first only captions of a single thing, if so wished
-        kept = (features.levels == 1).nonzero()[:, 0] if step < singles else torch.arange(len(features))
-        part = SimpleNamespace(ids=features.ids[kept], groups=features.groups[kept], lengths=features.lengths[kept.numpy()])
-        siblings = 0. if step < config.siblings_start_step else config.siblings_late if 0 < config.siblings_late_step <= step else config.siblings
-        order = epoch_batches(part, config.batch_size, generator_for(config.seed, 0, epoch), config.captions_per_image, siblings)
-        for rows in order[:end - step]:
-            if step >= start: yield step, epoch, kept[rows].tolist()
+        end = (
+            singles if step < singles else config.steps
+        )  # at first only captions of a single thing, if so wished
+        kept = (
+            (features.levels == 1).nonzero()[:, 0]
+            if step < singles
+            else torch.arange(len(features))
+        )
+        part = SimpleNamespace(
+            ids=features.ids[kept],
+            groups=features.groups[kept],
+            lengths=features.lengths[kept.numpy()],
+        )
+        siblings = (
+            0.0
+            if step < config.siblings_start_step
+            else config.siblings_late
+            if 0 < config.siblings_late_step <= step
+            else config.siblings
+        )
+        order = epoch_batches(
+            part,
+            config.batch_size,
+            generator_for(config.seed, 0, epoch),
+            config.captions_per_image,
+            siblings,
+        )
+        for rows in order[: end - step]:
+            if step >= start:
+                yield step, epoch, kept[rows].tolist()
             step += 1
         epoch += 1
 
 # %% ../nbs/13_train.ipynb #63f3bfce
-def train_step(alignment, optimizer, batches, step, generator):  # Alignment (or DDP around it); one Batch, or several micro-batches; steps done so far; source of negatives
+def train_step(
+    alignment, optimizer, batches, step, generator
+):  # Alignment (or DDP around it); one Batch, or several micro-batches; steps done so far; source of negatives
     "One optimiser step -> (list of StepOutput, gradient norm). Raises FloatingPointError, with nothing changed, for a number that is not finite."
-    inner, batches = getattr(alignment, "module", alignment), batches if isinstance(batches, list) else [batches]
-    config, outputs, pairs = inner.config, [], sum_over_all(sum(len(batch.ids) for batch in batches), batches[0].ids.device)
-    for group in optimizer.param_groups: group["lr"] = learning_rate(config, step) * group["factor"]
-    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)) + world().rank)   # dropout draws from the global source
+    inner, batches = (
+        getattr(alignment, "module", alignment),
+        batches if isinstance(batches, list) else [batches],
+    )
+    config, outputs, pairs = (
+        inner.config,
+        [],
+        sum_over_all(sum(len(batch.ids) for batch in batches), batches[0].ids.device),
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step) * group["factor"]
+    torch.manual_seed(
+        int(torch.randint(2**62, (), generator=generator)) + world().rank
+    )  # dropout draws from the global source
     optimizer.zero_grad()
     for batch in batches:
-        with nullcontext() if batch is batches[-1] or alignment is inner else alignment.no_sync():  # gradients travel between processes once
+        with (
+            nullcontext() if batch is batches[-1] or alignment is inner else alignment.no_sync()
+        ):  # gradients travel between processes once
             outputs.append(alignment(batch, step, generator))
-            (outputs[-1].loss * (len(outputs[-1].keys.ids) / pairs)).backward()   # its share of the step, over all processes
+            (
+                outputs[-1].loss * (len(outputs[-1].keys.ids) / pairs)
+            ).backward()  # its share of the step, over all processes
     norm = torch.nn.utils.clip_grad_norm_(inner.model.parameters(), config.clip_norm or math.inf)
     if not (norm.isfinite() and all(output.loss.isfinite() for output in outputs)):
-        raise FloatingPointError(f"the loss is {average_of(outputs, 'sic'):.4g} (contrastive) + {average_of(outputs, 'sim'):.4g} (matching), its gradient {norm.item():.4g}")
-    optimizer.step(); inner.update(*outputs)
+        raise FloatingPointError(
+            f"the loss is {average_of(outputs, 'sic'):.4g} (contrastive) + {average_of(outputs, 'sim'):.4g} (matching), its gradient {norm.item():.4g}"
+        )
+    optimizer.step()
+    inner.update(*outputs)
     return outputs, norm.item()
 
 
@@ -94,57 +167,117 @@ def average_of(outputs, name):  # list of StepOutput, one of its numbers
 # %% ../nbs/13_train.ipynb #9483f41e
 def some_of(corpus, limit, seed):  # corpora.Corpus, captions at most (None = all), which ones
     "A part of a corpus, drawn by whole families of sibling scenes, so that siblings stay together."
-    if limit is None or limit >= len(corpus.captions): return corpus
+    if limit is None or limit >= len(corpus.captions):
+        return corpus
     families, chosen = {}, []
     for index, caption in enumerate(corpus.captions):
         group = corpus.pictures[caption.image].group
         families.setdefault((0, group) if group >= 0 else (1, caption.image), []).append(index)
-    for place in torch.randperm(len(families), generator=generator_for(seed, 2)).tolist(): chosen += list(families.values())[place]
+    for place in torch.randperm(len(families), generator=generator_for(seed, 2)).tolist():
+        chosen += list(families.values())[place]
     return corpus.subset(sorted(chosen[:limit]))
 
 
 def sibling_trials(features, most=200):  # data.Features, trials at most
     "(n, 3): recording, own picture, a sibling's picture: a swap probe for a split that has none."
-    groups, images, rows = features.groups, features.image_of, (features.groups >= 0).nonzero()[:, 0]
-    rows = rows[::max(1, -(-len(rows) // most))]
+    groups, images, rows = (
+        features.groups,
+        features.image_of,
+        (features.groups >= 0).nonzero()[:, 0],
+    )
+    rows = rows[:: max(1, -(-len(rows) // most))]
     sibling = (groups[rows, None] == groups) & (images[rows, None] != images)  # (n, captions)
     return torch.stack([rows, images[rows], images[sibling.int().argmax(1)]], 1)[sibling.any(1)]
 
 # %% ../nbs/13_train.ipynb #fc66cec3
 def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  # as in train
     "(features by split, fingerprint of the data, Alignment, optimizer, steps done, seconds spent): fresh, or as a checkpoint has them."
-    if config.batch_size < config.accumulate * world().size:              # an empty part would leave the others waiting
-        raise InputError("batch_size", f"{config.batch_size} is too small for {world().size} processes with accumulate {config.accumulate}", "raise it, or lower accumulate or the number of processes")
+    if (
+        config.batch_size < config.accumulate * world().size
+    ):  # an empty part would leave the others waiting
+        raise InputError(
+            "batch_size",
+            f"{config.batch_size} is too small for {world().size} processes with accumulate {config.accumulate}",
+            "raise it, or lower accumulate or the number of processes",
+        )
     if not resume and (checkpoints(out) or (out / "metrics.json").exists()):
-        raise InputError(out, "already holds a run", "go on with it by --resume, or choose another folder")
-    known = lambda split: load_corpus(corpus, split, on_error) if split == "train" or split in splits(find(corpus)) else None
-    parts = {split: some_of(part, limit, config.seed) for split in ("train", "val") if (part := (corpus if callable(corpus) else known)(split)) is not None}
+        raise InputError(
+            out, "already holds a run", "go on with it by --resume, or choose another folder"
+        )
+    known = lambda split: (
+        load_corpus(corpus, split, on_error)
+        if split == "train" or split in splits(find(corpus))
+        else None
+    )
+    parts = {
+        split: some_of(part, limit, config.seed)
+        for split in ("train", "val")
+        if (part := (corpus if callable(corpus) else known)(split)) is not None
+    }
     seed_everything(config.seed)
     model = SpeechImageModel(config, *towers(config))
-    with zero_first(): features = {split: load_features(model, part, on_error) for split, part in parts.items()}
+    with zero_first():
+        features = {split: load_features(model, part, on_error) for split, part in parts.items()}
     if world().rank == 0:
-        try: out.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise InputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write") from None
-        for stale in out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()  # a run was killed while it wrote
-    data = {f"{split}.json": part.fingerprint() for split, part in parts.items()} | {"recordings": sha256("\n".join(features["train"].uttids))}
-    if start: data["start"] = begin_with(model, start)                     # before the teacher is copied from it
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                out, f"cannot be made ({error.strerror})", "choose a folder you may write"
+            ) from None
+        for stale in out.glob(".*.tmp"):
+            shutil.rmtree(
+                stale
+            ) if stale.is_dir() else stale.unlink()  # a run was killed while it wrote
+    data = {f"{split}.json": part.fingerprint() for split, part in parts.items()} | {
+        "recordings": sha256("\n".join(features["train"].uttids))
+    }
+    if start:
+        data["start"] = begin_with(model, start)  # before the teacher is copied from it
     if config.queue_size > len(features["train"]):
-        warnings.warn(f"queue_size {config.queue_size} is more than the {len(features['train'])} recordings: its oldest entries are stale copies")
+        warnings.warn(
+            f"queue_size {config.queue_size} is more than the {len(features['train'])} recordings: its oldest entries are stale copies"
+        )
     lengths = (0, 0)
-    if config.token_slots:                                                 # room for the longest recording, a tenth more for augmentation
-        with torch.no_grad(): sides = encode(model.eval(), collate(features["train"], [int(features["train"].lengths.argmax())]))
+    if config.token_slots:  # room for the longest recording, a tenth more for augmentation
+        with torch.no_grad():
+            sides = encode(
+                model.eval(), collate(features["train"], [int(features["train"].lengths.argmax())])
+            )
         lengths = sides[0].tokens.shape[1] * 11 // 10 + 1, sides[1].tokens.shape[1]
     alignment = Alignment(model, *lengths).to(default_device()).train()
-    if config.compile: model.compile_parts()                               # the teacher was copied before
-    optimizer, checkpoint = make_optimizer(model, config), latest_checkpoint(out) if resume else None
-    steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())  # each machine looks into a folder of its own, if they share none
-    if len(set(steps)) > 1: raise InputError(out, f"is not the same folder for all processes: their newest checkpoints are of the steps {', '.join(map(str, steps))}", "put it on a disk that all machines share, or copy it to each")
-    if checkpoint is None: return features, data, alignment, optimizer, 0, 0.
+    if config.compile:
+        model.compile_parts()  # the teacher was copied before
+    optimizer, checkpoint = (
+        make_optimizer(model, config),
+        latest_checkpoint(out) if resume else None,
+    )
+    steps = row_counts(
+        checkpoint[0]["step"] if checkpoint else 0, default_device()
+    )  # each machine looks into a folder of its own, if they share none
+    if len(set(steps)) > 1:
+        raise InputError(
+            out,
+            f"is not the same folder for all processes: their newest checkpoints are of the steps {', '.join(map(str, steps))}",
+            "put it on a disk that all machines share, or copy it to each",
+        )
+    if checkpoint is None:
+        return features, data, alignment, optimizer, 0, 0.0
     here, there = config.to_dict() | data, checkpoint[0]["config"] | checkpoint[0]["data"]
-    differs = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key)]
-    if differs: raise InputError(out, f"holds a run with {', '.join(differs)}", "resume with the same config and corpus, or choose another folder")
+    differs = [
+        f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+    if differs:
+        raise InputError(
+            out,
+            f"holds a run with {', '.join(differs)}",
+            "resume with the same config and corpus, or choose another folder",
+        )
     restore(checkpoint[1], alignment, optimizer)
-    if world().rank == 0: prune(out, checkpoint[0]["step"])                # killed before the oldest was removed
+    if world().rank == 0:
+        prune(out, checkpoint[0]["step"])  # killed before the oldest was removed
     return features, data, alignment, optimizer, checkpoint[0]["step"], checkpoint[0]["seconds"]
 
 # %% ../nbs/13_train.ipynb #9e9c968d
@@ -156,12 +289,25 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, item):  # (step, epoch, caption indices of all processes)
         step, epoch, rows = item
-        generator = generator_for(self.config.seed, 1, step, *self.world[:1] if self.world.size > 1 else ())
+        generator = generator_for(
+            self.config.seed, 1, step, *self.world[:1] if self.world.size > 1 else ()
+        )
         mine = share(rows, self.world.size)[self.world.rank]
-        try: parts = [collate(self.features, part) for part in share(mine, self.config.accumulate)]
-        except InputError as error: return step, epoch, error, None         # an exception would not survive the journey from a worker
-        if self.config.augment: parts = [augment(part, generator) for part in parts]
-        if self.world.size > 1: generator = generator_for(self.config.seed, 1, step)   # negatives are drawn alike everywhere
+        try:
+            parts = [collate(self.features, part) for part in share(mine, self.config.accumulate)]
+        except InputError as error:
+            return (
+                step,
+                epoch,
+                error,
+                None,
+            )  # an exception would not survive the journey from a worker
+        if self.config.augment:
+            parts = [augment(part, generator) for part in parts]
+        if self.world.size > 1:
+            generator = generator_for(
+                self.config.seed, 1, step
+            )  # negatives are drawn alike everywhere
         return step, epoch, parts, generator.get_state()
 
 
@@ -172,77 +318,172 @@ def share(rows, parts):  # a list, how many
     return [rows[start:end] for start, end in zip(cuts, cuts[1:])]
 
 # %% ../nbs/13_train.ipynb #13loop03
-def train(config,               # Config
-          corpus="scenes",      # name, or a folder or .zip with train and, if there is one, val; or a function: split -> Corpus, or None
-          out="runs/train",     # folder for checkpoints, log.csv, curves.png and the model
-          resume=False,         # go on from the newest complete checkpoint in out, if there is one
-          on_error="raise",     # or "skip": leave out what cannot be read, and list it in skipped.txt
-          limit=None,           # use only so many captions of each split
-          towers=build_towers,  # config -> (speech tower, image tower)
-          start=None,           # begin with the weights of this model: reference, small, or a folder that train made
-          on_step=None,         # called as on_step(row of the log) after each step
-          progress=True,        # show a bar
-         ):
+def train(
+    config,  # Config
+    corpus="scenes",  # name, or a folder or .zip with train and, if there is one, val; or a function: split -> Corpus, or None
+    out="runs/train",  # folder for checkpoints, log.csv, curves.png and the model
+    resume=False,  # go on from the newest complete checkpoint in out, if there is one
+    on_error="raise",  # or "skip": leave out what cannot be read, and list it in skipped.txt
+    limit=None,  # use only so many captions of each split
+    towers=build_towers,  # config -> (speech tower, image tower)
+    start=None,  # begin with the weights of this model: reference, small, or a folder that train made
+    on_step=None,  # called as on_step(row of the log) after each step
+    progress=True,  # show a bar
+):
     "Train and save a model -> its folder. Raises InputError for wrong input, a loss that is not finite, a folder in use, a lost process."
     with processes():
         _train(config, corpus, Path(out), resume, on_error, limit, towers, start, on_step, progress)
-        sum_over_all(0, default_device())                                  # nobody leaves before the first one has written everything
+        sum_over_all(
+            0, default_device()
+        )  # nobody leaves before the first one has written everything
     return Path(out)
 
 
 def _train(config, corpus, out, resume, on_error, limit, towers, start, on_step, progress):
     from tqdm.auto import tqdm
-    begin, metrics, first = time.perf_counter(), None, world().rank == 0   # only the first process writes
-    features, data, alignment, optimizer, done, before = prepare(config, corpus, out, resume, on_error, limit, towers, start)
-    model, device, probe = alignment.model, default_device(), sibling_trials(features["val"]) if "val" in features else None
+
+    begin, metrics, first = (
+        time.perf_counter(),
+        None,
+        world().rank == 0,
+    )  # only the first process writes
+    features, data, alignment, optimizer, done, before = prepare(
+        config, corpus, out, resume, on_error, limit, towers, start
+    )
+    model, device, probe = (
+        alignment.model,
+        default_device(),
+        sibling_trials(features["val"]) if "val" in features else None,
+    )
     stepper = alignment if world().size == 1 else together(alignment)
     elapsed = lambda: round(before + time.perf_counter() - begin, 1)
-    ahead = torch.utils.data.DataLoader(Steps(config, features["train"]), None, sampler=batches(config, features["train"], done), num_workers=config.workers)
-    with open_log(out / "log.csv", done) if first else nullcontext() as log, board(config, out, first) as show, \
-         tqdm(total=config.steps, initial=done, desc="training", disable=not (progress and first)) as bar:
+    ahead = torch.utils.data.DataLoader(
+        Steps(config, features["train"]),
+        None,
+        sampler=batches(config, features["train"], done),
+        num_workers=config.workers,
+    )
+    with (
+        open_log(out / "log.csv", done) if first else nullcontext() as log,
+        board(config, out, first) as show,
+        tqdm(
+            total=config.steps, initial=done, desc="training", disable=not (progress and first)
+        ) as bar,
+    ):
         for step, epoch, parts, state in one_ahead(ahead):
-            if isinstance(parts, InputError): raise parts
+            if isinstance(parts, InputError):
+                raise parts
             generator, done = torch.Generator().set_state(state), step + 1
-            try: outputs, norm = train_step(stepper, optimizer, [part.to(device) for part in parts], step, generator)
+            try:
+                outputs, norm = train_step(
+                    stepper, optimizer, [part.to(device) for part in parts], step, generator
+                )
             except FloatingPointError as error:
                 uttids = sum((part.uttids for part in parts), [])
-                bad = [name for part in parts for name, *sides in zip(part.uttids, part.speech, part.image) if not all(side.isfinite().all() for side in sides)]
-                write_json(out / f"bad_batch{world().rank or ''}.json", {"step": step, "problem": str(error), "not_finite": bad, "uttids": uttids})
-                raise InputError(f"step {step}", f"{error} on {', '.join(bad or uttids)}", "listen to these recordings, or lower learning_rate") from None
-            numbers = torch.tensor([average_of(outputs, name) for name in ("sic", "sim", "coarse_accuracy", "sim_accuracy")], dtype=torch.float64, device=device)
+                bad = [
+                    name
+                    for part in parts
+                    for name, *sides in zip(part.uttids, part.speech, part.image)
+                    if not all(side.isfinite().all() for side in sides)
+                ]
+                write_json(
+                    out / f"bad_batch{world().rank or ''}.json",
+                    {"step": step, "problem": str(error), "not_finite": bad, "uttids": uttids},
+                )
+                raise InputError(
+                    f"step {step}",
+                    f"{error} on {', '.join(bad or uttids)}",
+                    "listen to these recordings, or lower learning_rate",
+                ) from None
+            numbers = torch.tensor(
+                [
+                    average_of(outputs, name)
+                    for name in ("sic", "sim", "coarse_accuracy", "sim_accuracy")
+                ],
+                dtype=torch.float64,
+                device=device,
+            )
             average([numbers])
-            row = {"step": done, "epoch": epoch, "seconds": elapsed(), "learning_rate": learning_rate(config, step), "gradient_norm": norm,
-                   "temperature": model.temperature.item(), "alpha": outputs[0].alpha} | dict(zip(("sic", "sim", "coarse_accuracy", "sim_accuracy"), numbers.tolist()))
+            row = {
+                "step": done,
+                "epoch": epoch,
+                "seconds": elapsed(),
+                "learning_rate": learning_rate(config, step),
+                "gradient_norm": norm,
+                "temperature": model.temperature.item(),
+                "alpha": outputs[0].alpha,
+            } | dict(zip(("sic", "sim", "coarse_accuracy", "sim_accuracy"), numbers.tolist()))
             row["loss"] = row["sic"] + config.sim_weight * row["sim"]
-            if first and "val" in features and (done % config.evaluate_every == 0 or done == config.steps):
+            if (
+                first
+                and "val" in features
+                and (done % config.evaluate_every == 0 or done == config.steps)
+            ):
                 row |= validation_row(metrics := evaluate(model, features["val"], probe=probe))
-            if first: log.write(",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n"); show(row)
+            if first:
+                log.write(
+                    ",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n"
+                )
+                show(row)
             if first and (done % config.checkpoint_every == 0 or done == config.steps):
-                save_checkpoint(out, alignment, optimizer, {"step": done, "config": config.to_dict(), "data": data, "seconds": elapsed()})
-            bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if on_step: on_step(row)
-    if not first: return
-    if metrics is None and "val" in features: metrics = evaluate(model, features["val"], probe=probe)  # resumed after the last step
+                save_checkpoint(
+                    out,
+                    alignment,
+                    optimizer,
+                    {"step": done, "config": config.to_dict(), "data": data, "seconds": elapsed()},
+                )
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if on_step:
+                on_step(row)
+    if not first:
+        return
+    if metrics is None and "val" in features:
+        metrics = evaluate(model, features["val"], probe=probe)  # resumed after the last step
     skipped = [line for part in features.values() for line in part.skipped]
     if skipped:
-        with atomic_write(out / "skipped.txt", "w") as file: file.write("\n".join([*skipped, ""]))
+        with atomic_write(out / "skipped.txt", "w") as file:
+            file.write("\n".join([*skipped, ""]))
         print(f"left out {len(skipped)} files or entries, listed in {out / 'skipped.txt'}")
     model.run = {
         "command": f"speechimg train --corpus {getattr(corpus, '__name__', corpus)} --out {out.name} --config config.json"
-                   + (f" --limit {limit}" if limit else "") + (f" --start {Path(start).name}" if start else ""),
-        "seed": config.seed, "config": config.to_dict(), "data": data, "seconds": elapsed(), "steps": done, "skipped": len(skipped),
-        "recordings": {split: len(part) for split, part in features.items()}, "parameters": sum(p.numel() for p in model.parameters()), "processes": world().size,
-        "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__, "validation": metrics}
-    draw_curves(out / "log.csv", out / "curves.png"); model.save_pretrained(out)  # with metrics.json and a model card
+        + (f" --limit {limit}" if limit else "")
+        + (f" --start {Path(start).name}" if start else ""),
+        "seed": config.seed,
+        "config": config.to_dict(),
+        "data": data,
+        "seconds": elapsed(),
+        "steps": done,
+        "skipped": len(skipped),
+        "recordings": {split: len(part) for split, part in features.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "processes": world().size,
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "validation": metrics,
+    }
+    draw_curves(out / "log.csv", out / "curves.png")
+    model.save_pretrained(out)  # with metrics.json and a model card
 
 
 def together(alignment):
     "The engine that averages gradients between processes while they are computed. Queues and teachers stay equal by themselves."
-    with warnings.catch_warnings(action="ignore"):                         # an option has a new name that older versions lack
-        return DistributedDataParallel(alignment, broadcast_buffers=False, find_unused_parameters=alignment.config.sim_start_step > 0 or alignment.config.sim_weight == 0)
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # an option has a new name that older versions lack
+        return DistributedDataParallel(
+            alignment,
+            broadcast_buffers=False,
+            find_unused_parameters=alignment.config.sim_start_step > 0
+            or alignment.config.sim_weight == 0,
+        )
 
 # %% ../nbs/13_train.ipynb #13main04
-if __name__ == "__main__" and "__file__" in globals():                     # torchrun --nproc-per-node N -m speechimg.train --corpus ... --out ...
+if (
+    __name__ == "__main__" and "__file__" in globals()
+):  # torchrun --nproc-per-node N -m speechimg.train --corpus ... --out ...
     import sys
-    from speechimg.cli import main                                         # above this room, but nobody imports it from here
+    from speechimg.cli import main  # above this room, but nobody imports it from here
+
     sys.exit(main(["train", *sys.argv[1:]]))

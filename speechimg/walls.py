@@ -38,14 +38,32 @@ def forbid_calls() -> bool:
     audit, refused, clone, clone3 = ARCHITECTURES[platform.machine()]
     load, equal, at_least, has, back = 0x20, 0x15, 0x35, 0x45, 0x06
     no, allow = (back, 0, 0, 0x00050001), (back, 0, 0, 0x7FFF0000)  # EPERM; go on
-    program = [(load, 0, 0, 4), (equal, 1, 0, audit), (back, 0, 0, 0x80000000), (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), no]  # another architecture: killed
+    program = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, audit),
+        (back, 0, 0, 0x80000000),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 0x40000000),
+        no,
+    ]  # another architecture: killed
     for number in refused:
         program += [(equal, 0, 1, number), no]
-    program += [(equal, 0, 1, clone3), (back, 0, 0, 0x00050000 | 38)]  # "not there": the C library then uses clone, whose flags can be seen
-    program += [(equal, 0, 3, clone), (load, 0, 0, 16), (has, 1, 0, 0x10000), no, allow]  # a thread is allowed, a process is not
+    program += [
+        (equal, 0, 1, clone3),
+        (back, 0, 0, 0x00050000 | 38),
+    ]  # "not there": the C library then uses clone, whose flags can be seen
+    program += [
+        (equal, 0, 3, clone),
+        (load, 0, 0, 16),
+        (has, 1, 0, 0x10000),
+        no,
+        allow,
+    ]  # a thread is allowed, a process is not
     code = b"".join(struct.pack("HBBI", *one) for one in program)
     buffer = ctypes.create_string_buffer(code)
-    filters = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer)))
+    filters = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
+    )
     LIBC.prctl(38, 1, 0, 0, 0)  # no new privileges
     return LIBC.prctl(22, 2, filters, 0, 0) == 0
 
@@ -72,13 +90,19 @@ def forbid_files(writable: Path, places: list[Path], hidden: list[Path]) -> bool
     if version < 1:
         return False
     rights = (1 << (13 if version == 1 else 14 if version == 2 else 15 if version < 5 else 16)) - 1
-    attributes = struct.pack("QQQ", rights, 3 if version >= 4 else 0, 3 if version >= 6 else 0)[: 8 if version < 4 else 16 if version < 6 else 24]
+    attributes = struct.pack("QQQ", rights, 3 if version >= 4 else 0, 3 if version >= 6 else 0)[
+        : 8 if version < 4 else 16 if version < 6 else 24
+    ]
     rules = LIBC.syscall(444, attributes, len(attributes), 0)
     if rules < 0:
         return False
-    wanted = [(writable, rights)] + [(Path("/dev") / name, READ_FILE | 2) for name in ("null", "zero", "urandom")]
+    wanted = [(writable, rights)] + [
+        (Path("/dev") / name, READ_FILE | 2) for name in ("null", "zero", "urandom")
+    ]
     for place in places:
-        wanted += [(place, READ_DIR)] + [(one, READ_FILE | READ_DIR | 1) for one in readable(place, hidden)]
+        wanted += [(place, READ_DIR)] + [
+            (one, READ_FILE | READ_DIR | 1) for one in readable(place, hidden)
+        ]
     for path, allowed in wanted:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -96,14 +120,24 @@ def confine(request: dict) -> list[str]:
     "Shut the doors of this process; says which are shut. Limits hold in any case."
     folder, shut = Path(request["folder"]), ["limits"]
     os.environ.update(HOME=str(folder), TMPDIR=str(folder), MPLBACKEND="Agg")
-    data = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+    data = next(
+        int(line.split()[1]) * 1024
+        for line in open("/proc/self/status")
+        if line.startswith("VmData")
+    )
     for what, most in {resource.RLIMIT_DATA: data + request["memory"], resource.RLIMIT_CPU: request["seconds"], resource.RLIMIT_FSIZE: 2**24,
                        resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256}.items():  # fmt: skip
         resource.setrlimit(what, (most, most))
-    if forbid_files(folder, [Path(place) for place in request["places"]], [Path(place) for place in request["hidden"]]):
+    if forbid_files(
+        folder,
+        [Path(place) for place in request["places"]],
+        [Path(place) for place in request["hidden"]],
+    ):
         shut.append("files")
     if request["user"]:
-        resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # threads of this user, who has no other process
+        resource.setrlimit(
+            resource.RLIMIT_NPROC, (64, 64)
+        )  # threads of this user, who has no other process
         os.setgroups([])
         os.setresgid(*[request["user"]] * 3)
         os.setresuid(*[request["user"]] * 3)
@@ -115,16 +149,22 @@ def confine(request: dict) -> list[str]:
 # %% ../nbs/18f_walls.ipynb #2d939601
 def closed(place: Path) -> Path | None:
     "The outermost folder above a place that others may not enter, if there is one."
-    return next((parent for parent in reversed(place.parents) if not parent.stat().st_mode & 0o001), None)
+    return next(
+        (parent for parent in reversed(place.parents) if not parent.stat().st_mode & 0o001), None
+    )
 
 
 def open_ways(places: list[Path], stash: Path) -> bool:
     "Make places in closed folders reachable for other users, for this process and its children alone. False where the kernel does not let us."
     ways = [(closed(place), place) for place in places if closed(place)]
-    mount = lambda *words: subprocess.run(["mount", *map(str, words)], capture_output=True).returncode == 0  # noqa: E731
+    mount = lambda *words: (
+        subprocess.run(["mount", *map(str, words)], capture_output=True).returncode == 0
+    )  # noqa: E731
     if not ways:
         return True
-    if LIBC.unshare(0x20000) or not mount("--make-rprivate", "/"):  # a view of the file system of its own
+    if LIBC.unshare(0x20000) or not mount(
+        "--make-rprivate", "/"
+    ):  # a view of the file system of its own
         return False
     for index, (_, place) in enumerate(ways):
         (stash / f"way-{index}").mkdir()

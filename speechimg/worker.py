@@ -33,15 +33,26 @@ def encode(
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_complex():
+    if (
+        kind in (torch.Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and not value.is_complex()
+    ):
         tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
         return {"tensor": len(tensors) - 1, "grad": value.requires_grad}
     if kind in (list, tuple):
         return {kind.__name__: [encode(one, tensors, kept) for one in value]}
     if kind is dict:
-        return {"dict": [[encode(key, tensors, kept), encode(one, tensors, kept)] for key, one in value.items()]}
+        return {
+            "dict": [
+                [encode(key, tensors, kept), encode(one, tensors, kept)]
+                for key, one in value.items()
+            ]
+        }
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        return {"fields": [[name, encode(getattr(value, name), tensors, kept)] for name in kind._fields]}
+        return {
+            "fields": [[name, encode(getattr(value, name), tensors, kept)] for name in kind._fields]
+        }
     kept.append(value)
     return {"kept": len(kept) - 1, "type": kind.__name__[:100]}
 
@@ -65,9 +76,14 @@ def decode(
             return [again(one) for one in items]
         case {"tuple": list(items)}:
             return tuple(again(one) for one in items)
-        case {"dict": list(items)} if all(type(one) is list and len(one) == 2 and type(one[0]) in (str, int, float, bool) for one in items):
+        case {"dict": list(items)} if all(
+            type(one) is list and len(one) == 2 and type(one[0]) in (str, int, float, bool)
+            for one in items
+        ):
             return {key: again(one) for key, one in items}
-        case {"fields": list(items)} if all(type(one) is list and len(one) == 2 and type(one[0]) is str for one in items):
+        case {"fields": list(items)} if all(
+            type(one) is list and len(one) == 2 and type(one[0]) is str for one in items
+        ):
             return types.SimpleNamespace(**{key: again(one) for key, one in items})
         case {"kept": int(index), "type": str(kind)}:
             return remote(index, kind)
@@ -96,8 +112,13 @@ class Wire:
         return b"".join(parts)
 
     def send(self, *parts: bytes) -> None:
-        self.connection.settimeout(None if self.deadline is None else max(0.01, self.deadline - time.monotonic()))
-        self.connection.sendall(struct.pack(">QQ", len(parts[0]), len(parts[1]) if len(parts) > 1 else 0) + b"".join(parts))
+        self.connection.settimeout(
+            None if self.deadline is None else max(0.01, self.deadline - time.monotonic())
+        )
+        self.connection.sendall(
+            struct.pack(">QQ", len(parts[0]), len(parts[1]) if len(parts) > 1 else 0)
+            + b"".join(parts)
+        )
 
     def receive(self, most: tuple = (2**30, 2**30)) -> tuple[bytes, bytes]:
         lengths = struct.unpack(">QQ", self.read(16))
@@ -117,18 +138,29 @@ class Worker:
     def answer(self, **parts) -> None:
         tensors = {}
         tree = {name: encode(value, tensors, self.kept) for name, value in parts.items()}
-        self.wire.send(json.dumps(tree).encode(), safetensors.torch.save(tensors) if tensors else b"")
+        self.wire.send(
+            json.dumps(tree).encode(), safetensors.torch.save(tensors) if tensors else b""
+        )
 
     def unpack(self, data: bytes):
         "The checker's value, and the tensors and generators in it: whatever a function changes in place is in these."
         body, tensors, states = pickle.loads(data)
-        tensors = [nn.Parameter(one, grad) if parameter else one.requires_grad_(grad) if grad else one for one, parameter, grad in tensors]
+        tensors = [
+            nn.Parameter(one, grad) if parameter else one.requires_grad_(grad) if grad else one
+            for one, parameter, grad in tensors
+        ]
         generators = [torch.Generator().set_state(state) for state in states]
         find = {"tensor": tensors, "generator": generators, "kept": self.kept}
 
         class Reader(pickle.Unpickler):
             def persistent_load(reader, mark):
-                return (lambda *values: self.callback(mark[1], values)) if mark[0] == "function" else self.named(mark[1]) if mark[0] == "name" else find[mark[0]][mark[1]]
+                return (
+                    (lambda *values: self.callback(mark[1], values))
+                    if mark[0] == "function"
+                    else self.named(mark[1])
+                    if mark[0] == "name"
+                    else find[mark[0]][mark[1]]
+                )
 
         return Reader(io.BytesIO(body)).load(), tensors, generators
 
@@ -147,7 +179,16 @@ class Worker:
         for index, text in enumerate(cells):
             lines = text.splitlines()
             try:
-                exec(compile("\n".join("" if line.lstrip()[:1] in ("%", "!") else line for line in lines), f"cell {index + 1}", "exec"), self.space)
+                exec(
+                    compile(
+                        "\n".join(
+                            "" if line.lstrip()[:1] in ("%", "!") else line for line in lines
+                        ),
+                        f"cell {index + 1}",
+                        "exec",
+                    ),
+                    self.space,
+                )
             except BaseException as error:  # exit() in a cell, too
                 problems.append([index, f"{type(error).__name__}: {error}"[:300]])
         return problems
@@ -174,10 +215,18 @@ class Worker:
                 request, tensors, generators = self.unpack(data)
                 before = [one.detach().clone() for one in tensors]
                 result = self.do(request)
-                changed = [[index, one.detach()] for index, (one, old) in enumerate(zip(tensors, before)) if not torch.equal(one.detach().nan_to_num(), old.nan_to_num())]
-                self.answer(result=result, changed=changed, states=[one.get_state() for one in generators])
+                changed = [
+                    [index, one.detach()]
+                    for index, (one, old) in enumerate(zip(tensors, before))
+                    if not torch.equal(one.detach().nan_to_num(), old.nan_to_num())
+                ]
+                self.answer(
+                    result=result, changed=changed, states=[one.get_state() for one in generators]
+                )
             except EOFError:
                 raise
             except BaseException as error:
-                base = next(one.__name__ for one in type(error).__mro__ if one.__module__ == "builtins")
+                base = next(
+                    one.__name__ for one in type(error).__mro__ if one.__module__ == "builtins"
+                )
                 self.answer(error=base, text=f"{error}"[:1000], kind=type(error).__name__[:100])

@@ -13,7 +13,9 @@ os.environ.setdefault("SPEECHIMG_CACHE", str(ROOT / ".cache"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=30, database=None)
+hypothesis.settings.register_profile(
+    "project", deadline=None, derandomize=True, max_examples=30, database=None
+)
 hypothesis.settings.load_profile("project")
 
 

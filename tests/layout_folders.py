@@ -38,7 +38,11 @@ def header_claims(wav, extra):
 
 def split_sizes(n_images):
     "n_images may be a number for all splits, or {split: number}."
-    return n_images if isinstance(n_images, dict) else dict.fromkeys(("train", "val", "test"), n_images)
+    return (
+        n_images
+        if isinstance(n_images, dict)
+        else dict.fromkeys(("train", "val", "test"), n_images)
+    )
 
 
 # Flickr8k Audio
@@ -58,19 +62,38 @@ def files_of_flickr(n_images=4, captions=5, karpathy=False, images="Images"):
                 capt.append(f"{wav} {name} #{n}")
                 spk.append(f"{wav} {n + 1}")
                 tokens.append(f"{name}#{n}\t{text(number)} , {n} .")
-            described.append({"filename": name, "imgid": number, "split": split, "sentids": [], "sentences": [{"raw": f"{text(number)} , {n} .", "tokens": [], "sentid": n} for n in range(captions)]})
+            described.append(
+                {
+                    "filename": name,
+                    "imgid": number,
+                    "split": split,
+                    "sentids": [],
+                    "sentences": [
+                        {"raw": f"{text(number)} , {n} .", "tokens": [], "sentid": n}
+                        for n in range(captions)
+                    ],
+                }
+            )
             listed.append(name)
             number += 1
         if not karpathy:
-            files[f"Flickr_8k.{'dev' if split == 'val' else split}Images.txt"] = "".join(f"{name}\n" for name in listed).encode()
+            files[f"Flickr_8k.{'dev' if split == 'val' else split}Images.txt"] = "".join(
+                f"{name}\n" for name in listed
+            ).encode()
     files[f"{images}/9999_unsplit.jpg"] = picture(0)
-    tokens += [f"9999_unsplit.jpg#{n}\tnobody says this" for n in range(5)] + [f"2258277193_586949ec62.jpg.1#{n}\ta malformed key" for n in range(5)]
+    tokens += [f"9999_unsplit.jpg#{n}\tnobody says this" for n in range(5)] + [
+        f"2258277193_586949ec62.jpg.1#{n}\ta malformed key" for n in range(5)
+    ]
     wrong = capt[0].split()[0]
     files[f"flickr_audio/wavs/{wrong}"] = header_claims(files[f"flickr_audio/wavs/{wrong}"], 10_000)
-    files["flickr_audio/wav2capt.txt"] = "".join(f"{line}\n" for line in reversed(capt)).encode()  # in no helpful order
+    files["flickr_audio/wav2capt.txt"] = "".join(
+        f"{line}\n" for line in reversed(capt)
+    ).encode()  # in no helpful order
     files["flickr_audio/wav2spk.txt"] = "".join(f"{line}\n" for line in spk).encode()
     if karpathy:
-        files["dataset_flickr8k.json"] = json.dumps({"dataset": "flickr8k", "images": described}).encode()
+        files["dataset_flickr8k.json"] = json.dumps(
+            {"dataset": "flickr8k", "images": described}
+        ).encode()
     else:
         files["Flickr8k.token.txt"] = "".join(f"{line}\n" for line in tokens).encode()
     return files
@@ -99,7 +122,14 @@ def files_of_spokencoco(n_images=4, captions=(5, 6), karpathy=True, images=""):
             for n in range(captions[number % len(captions)]):
                 uttid = f"m07-{'ABCDEF'[n]}3NL_{391_000 + number}_{10 * number + n}"
                 files[f"SpokenCOCO/wavs/{part}/{n}/{uttid}.wav"] = sound(number, n)
-                spoken.append({"text": f"{text(number)} {n}", "speaker": f"m07-{n}", "uttid": uttid, "wav": f"wavs/{part}/{n}/{uttid}.wav"})
+                spoken.append(
+                    {
+                        "text": f"{text(number)} {n}",
+                        "speaker": f"m07-{n}",
+                        "uttid": uttid,
+                        "wav": f"wavs/{part}/{n}/{uttid}.wav",
+                    }
+                )
             parts[part].append({"image": name, "captions": spoken})
             described.append({"filename": name.split("/")[1], "filepath": f"{part}2014", "cocoid": 391_000 + number, "imgid": number,
                               "split": "restval" if split == "train" and part == "val" else split, "sentences": []})  # fmt: skip
@@ -128,21 +158,46 @@ def files_of_places(n_images=4, lists=("train", "val"), images="Places205/", tab
     for name in lists:
         for _ in range(n_images):
             uttid = f"A{number:03d}-GSUN_{number:08X}"
-            image, wav = f"{'abcd'[number % 4]}/place{number % 3}/gsun_{number:08x}.jpg", f"wavs/{number % 5}/utterance_{number}.wav"
+            image, wav = (
+                f"{'abcd'[number % 4]}/place{number % 3}/gsun_{number:08x}.jpg",
+                f"wavs/{number % 5}/utterance_{number}.wav",
+            )
             files[images + image], files[top + wav] = picture(number), sound(number, number % 4)
-            row = {"uttid": uttid, "speaker": f"A{number:03d}", "asr_text": text(number), "wav": wav, "image": image}
+            row = {
+                "uttid": uttid,
+                "speaker": f"A{number:03d}",
+                "asr_text": text(number),
+                "wav": wav,
+                "image": image,
+            }
             rows_of.setdefault(name, []).append(row)
             number += 1
     for name, rows in rows_of.items():
-        kept = [{key: row[key] for key in (("uttid", "wav", "image") if tables else row)} for row in rows]
-        content = {"image_base_path": "/authors/images256/", "audio_base_path": "/authors/PlacesAudio_400k_distro/", "data": kept}
+        kept = [
+            {key: row[key] for key in (("uttid", "wav", "image") if tables else row)}
+            for row in rows
+        ]
+        content = {
+            "image_base_path": "/authors/images256/",
+            "audio_base_path": "/authors/PlacesAudio_400k_distro/",
+            "data": kept,
+        }
         files[f"{top}metadata/{name}.json"] = json.dumps(content).encode()
-    for table, key in (("utt2ASR", "asr_text"), ("utt2spk", "speaker"), ("utt2wav", "wav"), ("utt2image", "image")):
-        files[f"{top}metadata/{table}"] = "".join(f"{row['uttid']} {row[key]}\n" for rows in rows_of.values() for row in rows).encode()
+    for table, key in (
+        ("utt2ASR", "asr_text"),
+        ("utt2spk", "speaker"),
+        ("utt2wav", "wav"),
+        ("utt2image", "image"),
+    ):
+        files[f"{top}metadata/{table}"] = "".join(
+            f"{row['uttid']} {row[key]}\n" for rows in rows_of.values() for row in rows
+        ).encode()
     return files
 
 
-def places(folder, n_images=4, lists=("train", "val"), images="Places205/", tables=False, zip=False):
+def places(
+    folder, n_images=4, lists=("train", "val"), images="Places205/", tables=False, zip=False
+):
     "A miniature of Places Audio: lists=('train', 'val') for the 400k release, YEAR_2020 for the splits of 2020."
     return write_files(folder, files_of_places(n_images, lists, images, tables), zip)
 

@@ -20,7 +20,9 @@ import soundfile
 from speechimg.corpora import load_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 MINUTES = 60_000  # milliseconds
 pytestmark = pytest.mark.slow
 
@@ -29,21 +31,49 @@ pytestmark = pytest.mark.slow
 def lab(tmp_path_factory):
     "The address of a JupyterLab whose root is a copy of the notebooks, with settings of its own."
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "index_files"))
+    shutil.copytree(
+        ROOT / "nbs",
+        home / "nbs",
+        ignore=shutil.ignore_patterns(".ipynb_checkpoints", "index_files"),
+    )
     settings = home / "settings" / "@jupyterlab"
-    for plugin, values in {"notebook-extension/tracker": {"windowingMode": "none"}, "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}.items():
+    for plugin, values in {
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }.items():
         file = settings / f"{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {"JUPYTERLAB_SETTINGS_DIR": home / "settings", "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces", "JUPYTER_CONFIG_DIR": home / "config",
-           "JUPYTER_RUNTIME_DIR": home / "runtime", "IPYTHONDIR": home / "ipython", "SPEECHIMG_DATA": ROOT / "data", "OMP_NUM_THREADS": 1, "MPLBACKEND": ""}
-    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {name: str(value) for name, value in own.items() if value != ""}
+    own = {
+        "JUPYTERLAB_SETTINGS_DIR": home / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
+        "JUPYTER_CONFIG_DIR": home / "config",
+        "JUPYTER_RUNTIME_DIR": home / "runtime",
+        "IPYTHONDIR": home / "ipython",
+        "SPEECHIMG_DATA": ROOT / "data",
+        "OMP_NUM_THREADS": 1,
+        "MPLBACKEND": "",
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {
+        name: str(value) for name, value in own.items() if value != ""
+    }
     environment.setdefault("SPEECHIMG_CACHE", str(ROOT / ".cache"))
-    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=",
-               f"--ServerApp.root_dir={home}", "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--allow-root",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={home}",
+        "--LabApp.expose_app_in_browser=True",
+        "--ServerApp.disable_check_xsrf=True",
+    ]
     with (home / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -64,14 +94,28 @@ def lab(tmp_path_factory):
 def browser(tmp_path_factory):
     "Chromium, whose microphone hears one of the bundled recordings over and over."
     if not CHROMIUM:
-        assert not os.environ.get("SPEECHIMG_BROWSER"), "the browser tests were asked for, and there is no chromium"
+        assert not os.environ.get("SPEECHIMG_BROWSER"), (
+            "the browser tests were asked for, and there is no chromium"
+        )
         pytest.skip("needs chromium: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api")
     voice, rate = tmp_path_factory.mktemp("voice") / "voice.wav", 16_000
     corpus = load_corpus("scenes", "test")
-    soundfile.write(voice, np.concatenate([corpus.load_wave(0).numpy(), np.zeros(rate // 2)]), rate, subtype="PCM_16")
-    flags = ["--no-sandbox", "--disable-background-networking", "--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-             f"--use-file-for-fake-audio-capture={voice}", "--autoplay-policy=no-user-gesture-required"]
+    soundfile.write(
+        voice,
+        np.concatenate([corpus.load_wave(0).numpy(), np.zeros(rate // 2)]),
+        rate,
+        subtype="PCM_16",
+    )
+    flags = [
+        "--no-sandbox",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-audio-capture={voice}",
+        "--autoplay-policy=no-user-gesture-required",
+    ]
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield chromium
@@ -81,22 +125,43 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def run_all(lab, browser):
     "A function: name of a notebook -> the page in which all of its cells have run without an error."
-    context = browser.new_context(viewport={"width": 1280, "height": 1400}, permissions=["microphone"])
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 1400}, permissions=["microphone"]
+    )
     context.set_default_timeout(3 * MINUTES)
 
     def opened(name):
         page = context.new_page()
         page.goto(f"{lab}/lab/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTES)
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+        page.wait_for_function(
+            "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        )
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'", timeout=6 * MINUTES)
-        cells = json.loads(page.evaluate("() => JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.toJSON().cells)"))
-        code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
-        wrong = [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+        page.wait_for_function(
+            "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'",
+            timeout=6 * MINUTES,
+        )
+        cells = json.loads(
+            page.evaluate(
+                "() => JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.toJSON().cells)"
+            )
+        )
+        code = [
+            cell
+            for cell in cells
+            if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+        ]
+        wrong = [
+            output
+            for cell in code
+            for output in cell["outputs"]
+            if output["output_type"] == "error"
+        ]
         assert not wrong, wrong
         assert all(cell["execution_count"] for cell in code), "some cells did not run"
         return page
+
     yield opened
     context.close()
 
@@ -108,7 +173,9 @@ def keep(page, name):
 
 
 def picture_of(explorer):
-    return explorer.locator(".speechimg-picture").first.evaluate("one => one.src ?? one.querySelector('img').src")
+    return explorer.locator(".speechimg-picture").first.evaluate(
+        "one => one.src ?? one.querySelector('img').src"
+    )
 
 
 def changed(page, explorer, before):
@@ -179,6 +246,10 @@ def test_speak_and_find(run_all):
     keep(page, "14b_studio")
     studio.locator(".speechimg-fine .speechimg-hit").first.click()
     studio.locator(".speechimg-clips audio").first.wait_for()
-    studio.locator(".speechimg-file").set_input_files({"name": "letter.docx", "mimeType": "application/msword", "buffer": b"PK no sound"})
-    page.wait_for_function("() => document.querySelector('.speechimg-message').textContent.includes('letter.docx')")
+    studio.locator(".speechimg-file").set_input_files(
+        {"name": "letter.docx", "mimeType": "application/msword", "buffer": b"PK no sound"}
+    )
+    page.wait_for_function(
+        "() => document.querySelector('.speechimg-message').textContent.includes('letter.docx')"
+    )
     assert studio.locator(".speechimg-hit").count() == 0

@@ -69,7 +69,9 @@ with atomic_write({path!r}) as file:
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_bytes(b"old")
-    process = subprocess.Popen([sys.executable, "-c", KILLED.format(root=ROOT, path=str(path))], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED.format(root=ROOT, path=str(path))], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -181,14 +183,31 @@ def test_the_clone_has_its_data_without_being_told(monkeypatch, tmp_path):
     assert str(core.data_dir()) == os.path.join(ROOT, "data")
 
 
-HEAVY = ("seaborn", "matplotlib", "pandas", "soundfile", "soxr", "PIL", "torchaudio", "onnxruntime", "tqdm", "IPython", "fastcore")
+HEAVY = (
+    "seaborn",
+    "matplotlib",
+    "pandas",
+    "soundfile",
+    "soxr",
+    "PIL",
+    "torchaudio",
+    "onnxruntime",
+    "tqdm",
+    "IPython",
+    "fastcore",
+)
 
 
 @pytest.mark.parametrize("name", ["core", "data", "corpora"])
 def test_importing_is_light(name):
     code = f"import sys; sys.path.insert(0, {ROOT!r})\nimport numpy, torch, einops\nbefore = set(sys.modules)\nimport speechimg.{name}\n"
     code += f"print(sorted(set({HEAVY!r}) & (set(sys.modules) - before)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 # Attention
@@ -234,7 +253,10 @@ class OnlyBooleans(Attention):
 
     def forward(self, x, context=None, mask=None):
         context = x if context is None else context
-        q, k, v = (self.split(layer(y)) for layer, y in ((self.query, x), (self.key, context), (self.value, context)))
+        q, k, v = (
+            self.split(layer(y))
+            for layer, y in ((self.query, x), (self.key, context), (self.value, context))
+        )
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
         return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -258,7 +280,10 @@ class SmallConstant(Attention):
     "Subtracts 10 000 in half precision and adds the score afterwards: large scores win (pitfall 20)."
 
     def forward(self, x, context=None, mask=None):
-        q, k, v = (self.split(layer(y)) for layer, y in ((self.query, x), (self.key, context), (self.value, context)))
+        q, k, v = (
+            self.split(layer(y))
+            for layer, y in ((self.query, x), (self.key, context), (self.value, context))
+        )
         scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.where(mask, 0.0, -1e4)[:, None, None]
         return self.output((scores.softmax(-1) @ v.nan_to_num()).transpose(1, 2).flatten(2))
 
@@ -267,7 +292,9 @@ def test_attention_is_the_formula_and_padding_is_nothing():
     check_attention(Attention)
 
 
-@pytest.mark.parametrize("wrong", [Unmasked, OnlyBooleans, Multiplied, ZerosAreNothing, SmallConstant])
+@pytest.mark.parametrize(
+    "wrong", [Unmasked, OnlyBooleans, Multiplied, ZerosAreNothing, SmallConstant]
+)
 def test_the_check_notices_wrong_attention(wrong):
     with pytest.raises(AssertionError):
         check_attention(wrong)
@@ -289,15 +316,22 @@ def check_block(make):
     torch.manual_seed(0)
     block = make(8, 2, cross=True).eval()
     x, context = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
-    mask, context_mask = torch.arange(5) < torch.tensor([[5], [3], [1]]), torch.arange(4) < torch.tensor([[1], [4], [2]])
+    mask, context_mask = (
+        torch.arange(5) < torch.tensor([[5], [3], [1]]),
+        torch.arange(4) < torch.tensor([[1], [4], [2]]),
+    )
     out = block(x, mask, context, context_mask)
     assert (out[~mask] == 0).all()
     for rubbish in (1e30, float("nan")):
-        spoilt = [y.masked_fill(~m[..., None], rubbish) for y, m in ((x, mask), (context, context_mask))]
+        spoilt = [
+            y.masked_fill(~m[..., None], rubbish) for y, m in ((x, mask), (context, context_mask))
+        ]
         assert torch.equal(block(spoilt[0], mask, spoilt[1], context_mask), out)
     for b in range(3):
         n, s = int(mask[b].sum()), int(context_mask[b].sum())
-        torch.testing.assert_close(block(x[b : b + 1, :n], None, context[b : b + 1, :s], None)[0], out[b, :n])
+        torch.testing.assert_close(
+            block(x[b : b + 1, :n], None, context[b : b + 1, :s], None)[0], out[b, :n]
+        )
     spoilt = x.masked_fill(~mask[..., None], float("nan")).requires_grad_()
     block(spoilt, mask, context, context_mask).sum().backward()
     assert all(p.grad.isfinite().all() for p in block.parameters()) and spoilt.grad.isfinite().all()

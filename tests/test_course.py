@@ -26,7 +26,10 @@ from speechimg.sandbox import Ended, Sandbox  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = {one.name: one for one in all_assignments()}
-ANSWERS = {name: runpy.run_path(str(ROOT / "tests" / "course_answers" / f"{name}.py")) for name in ASSIGNMENTS}
+ANSWERS = {
+    name: runpy.run_path(str(ROOT / "tests" / "course_answers" / f"{name}.py"))
+    for name in ASSIGNMENTS
+}
 each = pytest.mark.parametrize("name", ASSIGNMENTS)
 
 
@@ -36,7 +39,11 @@ def boxes():
     found = {}
 
     def box(name):
-        return found.setdefault(name, None) or found.__setitem__(name, Sandbox(library_before(ASSIGNMENTS[name]))) or found[name]
+        return (
+            found.setdefault(name, None)
+            or found.__setitem__(name, Sandbox(library_before(ASSIGNMENTS[name])))
+            or found[name]
+        )
 
     yield box
     for one in found.values():
@@ -53,9 +60,20 @@ def release(name):
 
 def handed_in(name, code="", solved=True):
     "The release with the library's own solutions in it, and then some code that replaces a part of them."
-    right = {cell["id"]: cell["source"] for cell in teacher(name)["cells"] if "-solution-" in cell["id"]}
+    right = {
+        cell["id"]: cell["source"] for cell in teacher(name)["cells"] if "-solution-" in cell["id"]
+    }
     last = list(right)[-1]
-    cells = [{**cell, "source": (right[cell["id"]] if solved else cell["source"]) + (f"\n{code}" if cell["id"] == last else "")} if cell["id"] in right else cell for cell in release(name)["cells"]]
+    cells = [
+        {
+            **cell,
+            "source": (right[cell["id"]] if solved else cell["source"])
+            + (f"\n{code}" if cell["id"] == last else ""),
+        }
+        if cell["id"] in right
+        else cell
+        for cell in release(name)["cells"]
+    ]
     return {**release(name), "cells": cells}
 
 
@@ -72,7 +90,17 @@ def numbered(name):
 
 
 def test_there_are_the_assignments_that_a_course_needs():
-    assert {"speech", "image", "queue", "sic", "mining", "sim", "distillation", "retrieval", "project"} <= set(ASSIGNMENTS)
+    assert {
+        "speech",
+        "image",
+        "queue",
+        "sic",
+        "mining",
+        "sim",
+        "distillation",
+        "retrieval",
+        "project",
+    } <= set(ASSIGNMENTS)
 
 
 @each
@@ -81,25 +109,45 @@ def test_an_assignment_has_everything(name):
     kinds = [part.kind for part in one.parts]
     checks = [part for part in one.parts if part.kind == "check"]
     text = "\n".join(part.source for part in one.parts if part.kind == "text")
-    assert (60 <= one.minutes <= 90 or name == "project") and "**Purpose.**" in text and "**Given.**" in text and text.count("<details>") >= 3
+    assert (
+        (60 <= one.minutes <= 90 or name == "project")
+        and "**Purpose.**" in text
+        and "**Given.**" in text
+        and text.count("<details>") >= 3
+    )
     assert any(part.hidden for part in checks) and sum(not part.hidden for part in checks) >= 3
-    assert kinds.count("question") >= 1 and all(part.rubric and part.points for part in one.parts if part.kind == "question")
+    assert kinds.count("question") >= 1 and all(
+        part.rubric and part.points for part in one.parts if part.kind == "question"
+    )
     assert len({part.title for part in checks}) == len(checks) and 10 <= most(name) <= 24
 
 
 @each
 def test_a_release_holds_no_line_of_a_solution_no_hidden_check_and_no_rubric(name):
     one, text = ASSIGNMENTS[name], "\n".join(cell["source"] for cell in release(name)["cells"])
-    given = {line.strip() for part in one.parts if part.kind in ("given", "text", "question") or part.kind == "check" and not part.hidden for line in part.source.splitlines()}
+    given = {
+        line.strip()
+        for part in one.parts
+        if part.kind in ("given", "text", "question") or part.kind == "check" and not part.hidden
+        for line in part.source.splitlines()
+    }
     lines = {line.strip() for line in text.splitlines()} - given
     for part in one.parts:
         if part.kind == "solution":
-            away = {line.strip() for line in part.source.splitlines()} - {line.strip() for line in stub(part.source, part.targets).splitlines()}
+            away = {line.strip() for line in part.source.splitlines()} - {
+                line.strip() for line in stub(part.source, part.targets).splitlines()
+            }
             assert away and not {line for line in away if len(line) > 5} & lines
         if part.hidden:
-            assert not {line.strip() for line in part.source.splitlines() if len(line.strip()) > 12} & lines
+            assert (
+                not {line.strip() for line in part.source.splitlines() if len(line.strip()) > 12}
+                & lines
+            )
         if part.kind == "question":
-            assert not {line.strip() for line in part.rubric.splitlines() if len(line.strip()) > 12} & lines
+            assert (
+                not {line.strip() for line in part.rubric.splitlines() if len(line.strip()) > 12}
+                & lines
+            )
     assert "SEED" not in text and "BEGIN HIDDEN" not in text
 
 
@@ -113,10 +161,14 @@ def test_a_release_imports_nothing_that_gives_it_away(name):
         for node in ast.walk(ast.parse(cell["source"])):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("speechimg"):
                 path = f"speechimg/{node.module.partition('.')[2] or '__init__'}.py"
-                assert path in files and path != f"speechimg/{ASSIGNMENTS[name].module}.py", node.module
+                assert path in files and path != f"speechimg/{ASSIGNMENTS[name].module}.py", (
+                    node.module
+                )
     own = dict(functions(ast.parse(files[f"speechimg/{ASSIGNMENTS[name].module}.py"])))
     for part in ASSIGNMENTS[name].parts:
-        for target in part.targets or ([one for one, _ in functions(ast.parse(part.source))] if part.kind == "solution" else []):
+        for target in part.targets or (
+            [one for one, _ in functions(ast.parse(part.source))] if part.kind == "solution" else []
+        ):
             assert "NotImplementedError" in ast.unparse(own[target].body[-1])
 
 
@@ -124,17 +176,27 @@ def test_the_same_chapters_and_seed_give_the_same_files(tmp_path):
     for place in ("one", "two"):
         build(tmp_path / place, seed=3, names=("sic", "mining"))
     build(tmp_path / "other", seed=4, names=("sic",))
-    same = lambda name, other="two": (tmp_path / "one" / name).read_bytes() == (tmp_path / other / name).read_bytes()  # noqa: E731
+    same = lambda name, other="two": (
+        (tmp_path / "one" / name).read_bytes() == (tmp_path / other / name).read_bytes()
+    )  # noqa: E731
     for name in ("sic", "mining"):
-        assert same(f"source/{name}/{name}.ipynb") and same(f"release/{name}/{name}.ipynb") and same(f"zip/{name}.zip")
-    assert not same("source/sic/sic.ipynb", "other") and same("release/sic/sic.ipynb", "other")  # what students see does not tell the seed
+        assert (
+            same(f"source/{name}/{name}.ipynb")
+            and same(f"release/{name}/{name}.ipynb")
+            and same(f"zip/{name}.zip")
+        )
+    assert not same("source/sic/sic.ipynb", "other") and same(
+        "release/sic/sic.ipynb", "other"
+    )  # what students see does not tell the seed
     assert (tmp_path / "one").stat().st_mode & 0o077 == 0
 
 
 def test_what_nbgrader_releases_is_what_is_tested_here(tmp_path):
     build(tmp_path / "course", names=("sic",))
     cells = json.loads((tmp_path / "course" / "release" / "sic" / "sic.ipynb").read_text())["cells"]
-    assert [("".join(cell["source"]), cell["cell_type"]) for cell in cells] == [(cell["source"], cell["cell_type"]) for cell in release("sic")["cells"]]
+    assert [("".join(cell["source"]), cell["cell_type"]) for cell in cells] == [
+        (cell["source"], cell["cell_type"]) for cell in release("sic")["cells"]
+    ]
 
 
 def test_a_build_refuses_what_it_cannot_make(tmp_path):
@@ -148,7 +210,12 @@ def test_a_build_refuses_what_it_cannot_make(tmp_path):
 def test_marks_in_a_chapter_that_cannot_be_understood_are_named(tmp_path):
     cell = lambda kind, source: {"cell_type": kind, "source": source}  # noqa: E731
     head = cell("markdown", "<!-- assignment: one | One | 60 minutes -->")
-    for bad, problem in (("#| check: one 2\nx = 1", "sentence in quotes"), ("#| check: one two\n'A.'\nx", "cannot be understood"), ("#| exercise: one\ndef f(:", "cannot be understood"), ("#| check: two 1\n'A.'\nx", "not in this chapter")):
+    for bad, problem in (
+        ("#| check: one 2\nx = 1", "sentence in quotes"),
+        ("#| check: one two\n'A.'\nx", "cannot be understood"),
+        ("#| exercise: one\ndef f(:", "cannot be understood"),
+        ("#| check: two 1\n'A.'\nx", "not in this chapter"),
+    ):
         path = tmp_path / "01_one.ipynb"
         path.write_text(json.dumps({"cells": [head, cell("code", bad)]}))
         with pytest.raises(InputError, match=problem):
@@ -161,13 +228,22 @@ def test_marks_in_a_chapter_that_cannot_be_understood_are_named(tmp_path):
 @each
 def test_the_reference_has_full_marks_and_an_empty_notebook_none(name, boxes):
     marks = mark(boxes(name), teacher(name), handed_in(name))
-    assert {check: message for check, message in marks.messages.items() if message} == {} and marks.reports == []
+    assert {
+        check: message for check, message in marks.messages.items() if message
+    } == {} and marks.reports == []
     assert marks.score == most(name)
     empty = mark(boxes(name), teacher(name), release(name))
-    assert empty.score == 0 and empty.reports == [] and any("still to be written" in message for message in empty.messages.values())
+    assert (
+        empty.score == 0
+        and empty.reports == []
+        and any("still to be written" in message for message in empty.messages.values())
+    )
 
 
-@pytest.mark.parametrize(("name", "answer"), [(name, answer) for name in ASSIGNMENTS for answer in ANSWERS[name]["WRONG"]])
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [(name, answer) for name in ASSIGNMENTS for answer in ANSWERS[name]["WRONG"]],
+)
 def test_a_wrong_solution_loses_what_it_should_and_is_told_why(name, answer, boxes):
     code, lost, text = ANSWERS[name]["WRONG"][answer]
     marks = mark(boxes(name), teacher(name), handed_in(name, code))
@@ -177,10 +253,15 @@ def test_a_wrong_solution_loses_what_it_should_and_is_told_why(name, answer, box
 
 
 def test_there_are_enough_wrong_solutions():
-    assert all(len(answers["WRONG"]) >= 6 and len(answers["RIGHT"]) >= 1 for answers in ANSWERS.values())
+    assert all(
+        len(answers["WRONG"]) >= 6 and len(answers["RIGHT"]) >= 1 for answers in ANSWERS.values()
+    )
 
 
-@pytest.mark.parametrize(("name", "answer"), [(name, answer) for name in ASSIGNMENTS for answer in ANSWERS[name]["RIGHT"]])
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [(name, answer) for name in ASSIGNMENTS for answer in ANSWERS[name]["RIGHT"]],
+)
 def test_a_solution_that_is_right_and_different_has_full_marks(name, answer, boxes):
     marks = mark(boxes(name), teacher(name), handed_in(name, ANSWERS[name]["RIGHT"][answer]))
     assert {check: message for check, message in marks.messages.items() if message} == {}
@@ -193,7 +274,10 @@ def test_marks_do_not_depend_on_the_teachers_seed_nor_on_the_run(name, boxes):
         marks = mark(boxes(name), source_notebook(ASSIGNMENTS[name], seed), handed_in(name))
         assert marks.score == most(name), (seed, marks.messages)
     code = next(iter(ANSWERS[name]["WRONG"].values()))[0]
-    assert mark(boxes(name), teacher(name), handed_in(name, code)).messages == mark(boxes(name), teacher(name), handed_in(name, code)).messages
+    assert (
+        mark(boxes(name), teacher(name), handed_in(name, code)).messages
+        == mark(boxes(name), teacher(name), handed_in(name, code)).messages
+    )
 
 
 # What students do to notebooks
@@ -210,36 +294,108 @@ def broken_in(what, cells):
     if what == "doubled":
         return [one for cell in cells for one in ([cell, cell] if cell in checks else [cell])]
     if what == "points":
-        return [{**cell, "metadata": {"nbgrader": {**cell["metadata"]["nbgrader"], "points": 1000}}} if cell in checks else cell for cell in cells]
+        return [
+            {**cell, "metadata": {"nbgrader": {**cell["metadata"]["nbgrader"], "points": 1000}}}
+            if cell in checks
+            else cell
+            for cell in cells
+        ]
     if what == "types":
-        return [{"cell_type": "markdown", "id": cell["id"], "metadata": cell["metadata"], "source": cell["source"]} if cell in checks else cell for cell in cells]
+        return [
+            {
+                "cell_type": "markdown",
+                "id": cell["id"],
+                "metadata": cell["metadata"],
+                "source": cell["source"],
+            }
+            if cell in checks
+            else cell
+            for cell in cells
+        ]
     if what == "marks of a check on a cell of one's own":
-        return [{"cell_type": "code", "id": "mine", "metadata": checks[0]["metadata"], "source": "pass", "outputs": [], "execution_count": None}, *cells]
+        return [
+            {
+                "cell_type": "code",
+                "id": "mine",
+                "metadata": checks[0]["metadata"],
+                "source": "pass",
+                "outputs": [],
+                "execution_count": None,
+            },
+            *cells,
+        ]
     raise ValueError(what)
 
 
-@pytest.mark.parametrize("what", ["deleted", "reordered", "edited", "doubled", "points", "types", "marks of a check on a cell of one's own"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "deleted",
+        "reordered",
+        "edited",
+        "doubled",
+        "points",
+        "types",
+        "marks of a check on a cell of one's own",
+    ],
+)
 def test_checks_that_were_touched_are_put_back(what, boxes):
     "Nobody wins or loses by it. (Cells in reverse order still define what they define.)"
     code = ANSWERS["sic"]["WRONG"]["ids ignored"][0]
-    right, wrong = mark(boxes("sic"), teacher("sic"), handed_in("sic")), mark(boxes("sic"), teacher("sic"), handed_in("sic", code))
+    right, wrong = (
+        mark(boxes("sic"), teacher("sic"), handed_in("sic")),
+        mark(boxes("sic"), teacher("sic"), handed_in("sic", code)),
+    )
     for notebook, marks in ((handed_in("sic"), right), (handed_in("sic", code), wrong)):
-        touched = mark(boxes("sic"), teacher("sic"), {**notebook, "cells": broken_in(what, notebook["cells"])})
-        assert touched.messages == marks.messages and touched.points == marks.points and touched.score == marks.score
+        touched = mark(
+            boxes("sic"), teacher("sic"), {**notebook, "cells": broken_in(what, notebook["cells"])}
+        )
+        assert (
+            touched.messages == marks.messages
+            and touched.points == marks.points
+            and touched.score == marks.score
+        )
         if what not in ("points", "types"):
             assert touched.reports
 
 
 def test_cells_of_ones_own_are_run_where_they_stand(boxes):
     notebook = release("sic")
-    helper = {"cell_type": "code", "id": "own", "metadata": {}, "source": "%matplotlib inline\n!ls\ndef match(a, b): return (a[:, None] == b[None, :]).float()", "outputs": [], "execution_count": None}
-    index = next(index for index, cell in enumerate(notebook["cells"]) if cell["id"] == "sic-solution-1")
-    notebook["cells"] = [*notebook["cells"][:index], helper, {**notebook["cells"][index], "source": "def id_targets(ids, key_ids):\n    same = match(ids, key_ids)\n    if not same.any(1).all() or ids.min() < 0: raise ValueError('no')\n    return same / same.sum(1, keepdim=True)"}, *notebook["cells"][index + 1 :]]
+    helper = {
+        "cell_type": "code",
+        "id": "own",
+        "metadata": {},
+        "source": "%matplotlib inline\n!ls\ndef match(a, b): return (a[:, None] == b[None, :]).float()",
+        "outputs": [],
+        "execution_count": None,
+    }
+    index = next(
+        index for index, cell in enumerate(notebook["cells"]) if cell["id"] == "sic-solution-1"
+    )
+    notebook["cells"] = [
+        *notebook["cells"][:index],
+        helper,
+        {
+            **notebook["cells"][index],
+            "source": "def id_targets(ids, key_ids):\n    same = match(ids, key_ids)\n    if not same.any(1).all() or ids.min() < 0: raise ValueError('no')\n    return same / same.sum(1, keepdim=True)",
+        },
+        *notebook["cells"][index + 1 :],
+    ]
     marks = mark(boxes("sic"), teacher("sic"), notebook)
     assert [marks.messages[check] for check in numbered("sic")[:3]] == ["", "", ""]
 
 
-@pytest.mark.parametrize("cells", [[], [1, None, "x"], [{}], [{"cell_type": "code"}], [{"cell_type": "code", "source": ["a", 5], "metadata": {"nbgrader": 3}}], [{"cell_type": "raw", "source": "x", "metadata": {}}]])
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [],
+        [1, None, "x"],
+        [{}],
+        [{"cell_type": "code"}],
+        [{"cell_type": "code", "source": ["a", 5], "metadata": {"nbgrader": 3}}],
+        [{"cell_type": "raw", "source": "x", "metadata": {}}],
+    ],
+)
 def test_a_notebook_of_nonsense_is_marked_with_nothing(cells, boxes):
     assert mark(boxes("sic"), teacher("sic"), {"cells": cells}).score == 0
 
@@ -269,26 +425,48 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_earns_nothing_and_stops_nothing(attack, boxes):
     begin = time.monotonic()
-    marks = mark(boxes("sic"), teacher("sic"), handed_in("sic", ATTACKS[attack]), limits=Limits(check=4, total=60))
+    marks = mark(
+        boxes("sic"),
+        teacher("sic"),
+        handed_in("sic", ATTACKS[attack]),
+        limits=Limits(check=4, total=60),
+    )
     first = [marks.messages[check] for check in numbered("sic")[:3]]
     assert all(first), first
     assert time.monotonic() - begin < 90
-    if attack not in ("patched comparisons", "forged answers", "patched checks"):  # these break the student's own process
+    if attack not in (
+        "patched comparisons",
+        "forged answers",
+        "patched checks",
+    ):  # these break the student's own process
         assert marks.messages[numbered("sic")[3]] == ""  # the other functions still count
-    assert mark(boxes("sic"), teacher("sic"), handed_in("sic")).score == most("sic")  # and the next student's
+    assert mark(boxes("sic"), teacher("sic"), handed_in("sic")).score == most(
+        "sic"
+    )  # and the next student's
 
 
 def test_printing_a_hundred_megabytes_costs_nobody_anything(boxes):
     begin = time.monotonic()
-    marks = mark(boxes("sic"), teacher("sic"), handed_in("sic", "for _ in range(100): print('x' * 10**6)"))
+    marks = mark(
+        boxes("sic"), teacher("sic"), handed_in("sic", "for _ in range(100): print('x' * 10**6)")
+    )
     assert marks.score == most("sic") and time.monotonic() - begin < 60
 
 
 def test_all_the_time_there_is_ends_a_submission(boxes):
     loop = "def id_targets(ids, key_ids):\n    while True: pass\n\nsimilarity_logits = sic_loss = id_targets"
     begin = time.monotonic()
-    marks = mark(boxes("sic"), teacher("sic"), handed_in("sic", loop), limits=Limits(cells=20, check=2, total=6))
-    assert marks.score == 0 and time.monotonic() - begin < 45 and any("all the time" in message for message in marks.messages.values())
+    marks = mark(
+        boxes("sic"),
+        teacher("sic"),
+        handed_in("sic", loop),
+        limits=Limits(cells=20, check=2, total=6),
+    )
+    assert (
+        marks.score == 0
+        and time.monotonic() - begin < 45
+        and any("all the time" in message for message in marks.messages.values())
+    )
 
 
 # Safe
@@ -315,7 +493,11 @@ def test_this_machine_shuts_the_doors(doors):
     "Linux with Landlock or root; elsewhere grading refuses, which has a test of its own."
     if sys.platform != "linux":
         pytest.skip("the sandbox is Linux's")
-    assert "limits" in doors and {"files", "another user"} & set(doors) and "no network, no processes" in doors
+    assert (
+        "limits" in doors
+        and {"files", "another user"} & set(doors)
+        and "no network, no processes" in doors
+    )
 
 
 def test_hidden_checks_and_other_submissions_cannot_be_read(tmp_path, boxes, doors):
@@ -336,7 +518,11 @@ def test_hidden_checks_and_other_submissions_cannot_be_read(tmp_path, boxes, doo
             ask(box, "import os\ndef f(path): return os.listdir(path)", str(path))
     neighbour.kill()
     with pytest.raises(PermissionError):
-        ask(box, "def f(path): return open(path, 'a').write('10 points')", str(tmp_path / "course" / "gradebook.db"))
+        ask(
+            box,
+            "def f(path): return open(path, 'a').write('10 points')",
+            str(tmp_path / "course" / "gradebook.db"),
+        )
 
 
 def test_the_grader_and_other_students_cannot_be_touched(boxes, doors):
@@ -344,8 +530,13 @@ def test_the_grader_and_other_students_cannot_be_touched(boxes, doors):
         pytest.skip("no seccomp filter here")
     box = boxes("sic")
     neighbour = box.start()
-    for code in ("import socket\ndef f(pid): return socket.socket()", "import os\ndef f(pid): return os.fork()", "import os\ndef f(pid): return os.execv('/bin/true', ['true'])",
-                 "import os\ndef f(pid): return os.kill(pid, 9)", "import subprocess\ndef f(pid): return subprocess.run(['true'])"):
+    for code in (
+        "import socket\ndef f(pid): return socket.socket()",
+        "import os\ndef f(pid): return os.fork()",
+        "import os\ndef f(pid): return os.execv('/bin/true', ['true'])",
+        "import os\ndef f(pid): return os.kill(pid, 9)",
+        "import subprocess\ndef f(pid): return subprocess.run(['true'])",
+    ):
         with pytest.raises(PermissionError):
             ask(box, code, os.getpid())
         with pytest.raises(PermissionError):
@@ -353,15 +544,24 @@ def test_the_grader_and_other_students_cannot_be_touched(boxes, doors):
     neighbour.wire.deadline = time.monotonic() + 10
     assert neighbour.ask(do="load", cells=["1"]) == []
     neighbour.kill()
-    assert ask(box, "import threading\ndef f():\n    found = []\n    one = threading.Thread(target=lambda: found.append(7)); one.start(); one.join()\n    return found") == [7]  # threads are allowed
+    assert ask(
+        box,
+        "import threading\ndef f():\n    found = []\n    one = threading.Thread(target=lambda: found.append(7)); one.start(); one.join()\n    return found",
+    ) == [7]  # threads are allowed
 
 
 def test_limits_hold(boxes):
     box = boxes("sic")
     with pytest.raises((MemoryError, Ended)):
-        ask(box, "def f(): return sum(len(bytearray(2**28)) for _ in [0] if (kept := [bytearray(2**28) for _ in range(40)]))")
+        ask(
+            box,
+            "def f(): return sum(len(bytearray(2**28)) for _ in [0] if (kept := [bytearray(2**28) for _ in range(40)]))",
+        )
     with pytest.raises((OSError, Ended)):
-        ask(box, "def f():\n    with open('big', 'wb') as file:\n        for _ in range(64): file.write(bytes(2**20))")
+        ask(
+            box,
+            "def f():\n    with open('big', 'wb') as file:\n        for _ in range(64): file.write(bytes(2**20))",
+        )
     folder = box.start()
     path = folder.folder
     folder.kill()
@@ -371,7 +571,13 @@ def test_limits_hold(boxes):
 def test_another_user_runs_the_code_where_root_grades(boxes, doors):
     if os.geteuid():
         pytest.skip("the grader is not root here")
-    assert ask(boxes("sic"), "import os\ndef f(): return [os.getuid(), os.geteuid(), os.getgid(), len(os.getgroups())]")[0] >= 60_000
+    assert (
+        ask(
+            boxes("sic"),
+            "import os\ndef f(): return [os.getuid(), os.geteuid(), os.getgid(), len(os.getgroups())]",
+        )[0]
+        >= 60_000
+    )
 
 
 def test_without_protection_grading_refuses(tmp_path, monkeypatch):
@@ -405,12 +611,34 @@ def classroom(tmp_path_factory):
     folder = tmp_path_factory.mktemp("class") / "course"
     build(folder, seed=11, names=("sic",))
     wrong, right = ANSWERS["sic"]["WRONG"], ANSWERS["sic"]["RIGHT"]
-    work = {f"right-{number}": handed_in("sic") for number in range(3)} | {f"other-{number}": handed_in("sic", code) for number, code in enumerate(right.values())}
-    work |= {f"wrong-{number}": handed_in("sic", code) for number, (code, _, _) in enumerate(wrong.values())}
-    attacks = ["exit", "hard exit", "memory", "equal to everything", "patched comparisons", "patched checks", "forged answers", "asks the library", "nonsense on the wire", "raises what it likes"]
-    work |= {f"attack-{number}": handed_in("sic", ATTACKS[attack]) for number, attack in enumerate(attacks)}
+    work = {f"right-{number}": handed_in("sic") for number in range(3)} | {
+        f"other-{number}": handed_in("sic", code) for number, code in enumerate(right.values())
+    }
+    work |= {
+        f"wrong-{number}": handed_in("sic", code)
+        for number, (code, _, _) in enumerate(wrong.values())
+    }
+    attacks = [
+        "exit",
+        "hard exit",
+        "memory",
+        "equal to everything",
+        "patched comparisons",
+        "patched checks",
+        "forged answers",
+        "asks the library",
+        "nonsense on the wire",
+        "raises what it likes",
+    ]
+    work |= {
+        f"attack-{number}": handed_in("sic", ATTACKS[attack])
+        for number, attack in enumerate(attacks)
+    }
     work |= {"empty": release("sic"), "broken": "{", "list": "[1, 2]", "binary": "\x00\x01"}
-    work |= {f"filler-{number}": handed_in("sic", code) for number, (code, _, _) in zip(range(30 - len(work) - 1), wrong.values())}
+    work |= {
+        f"filler-{number}": handed_in("sic", code)
+        for number, (code, _, _) in zip(range(30 - len(work) - 1), wrong.values())
+    }
     for student, notebook in work.items():
         write(folder, student, notebook)
     (folder / "submitted" / "nothing" / "sic").mkdir(parents=True)
@@ -429,10 +657,24 @@ def test_thirty_submissions_are_marked_in_one_run(classroom):
             assert one.score == 0
         else:
             assert one.score < most("sic")
-    points = dict(zip(numbered("sic"), [cell["metadata"]["nbgrader"]["points"] for cell in teacher("sic")["cells"] if "-check-" in cell["id"]]))
+    points = dict(
+        zip(
+            numbered("sic"),
+            [
+                cell["metadata"]["nbgrader"]["points"]
+                for cell in teacher("sic")["cells"]
+                if "-check-" in cell["id"]
+            ],
+        )
+    )
     for number, (_, lost, _) in enumerate(ANSWERS["sic"]["WRONG"].values()):
-        assert marks[f"wrong-{number}"].score == most("sic") - sum(points[numbered("sic")[index - 1]] for index in lost)
-    assert "cannot be read" in marks["broken"].reports[0] and "not there" in marks["nothing"].reports[0]
+        assert marks[f"wrong-{number}"].score == most("sic") - sum(
+            points[numbered("sic")[index - 1]] for index in lost
+        )
+    assert (
+        "cannot be read" in marks["broken"].reports[0]
+        and "not there" in marks["nothing"].reports[0]
+    )
 
 
 def test_the_table_says_who_failed_what(classroom):
@@ -452,7 +694,11 @@ def test_marks_are_in_the_gradebook_and_in_a_table(classroom):
         kept = {one.student.id: one.score for one in book.find_assignment("sic").submissions}
     with (folder / "marks" / "sic.csv").open() as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
-    assert kept == {student: one.score for student, one in marks.items()} == {student: float(row["points"]) for student, row in rows.items()}
+    assert (
+        kept
+        == {student: one.score for student, one in marks.items()}
+        == {student: float(row["points"]) for student, row in rows.items()}
+    )
 
 
 def test_nothing_is_marked_twice_and_what_changed_is_marked_anew(classroom, monkeypatch):
@@ -461,7 +707,11 @@ def test_nothing_is_marked_twice_and_what_changed_is_marked_anew(classroom, monk
     folder, marks, _, _ = classroom
     done = []
     real = gradebook.mark
-    monkeypatch.setattr(gradebook, "mark", lambda *arguments, **options: done.append(arguments[3]) or real(*arguments, **options))
+    monkeypatch.setattr(
+        gradebook,
+        "mark",
+        lambda *arguments, **options: done.append(arguments[3]) or real(*arguments, **options),
+    )
     write(folder, "empty", handed_in("sic"))
     again = {one.student: one.score for one in grade(folder, "sic")[0]}
     assert done == ["empty"] and again["empty"] == most("sic")
@@ -476,8 +726,15 @@ def test_what_a_teacher_gave_by_hand_survives_a_second_marking(classroom):
     open_book = lambda: Gradebook(f"sqlite:///{folder}/gradebook.db", "speechimg")  # noqa: E731
 
     def answer(book, student):
-        submission = next(one for one in book.assignment_submissions("sic") if one.student.id == student)
-        return next(one for notebook in submission.notebooks for one in notebook.grades if one.cell.cell_type == "markdown")
+        submission = next(
+            one for one in book.assignment_submissions("sic") if one.student.id == student
+        )
+        return next(
+            one
+            for notebook in submission.notebooks
+            for one in notebook.grades
+            if one.cell.cell_type == "markdown"
+        )
 
     for student in ("right-2", "wrong-1"):
         with open_book() as book:
@@ -485,32 +742,65 @@ def test_what_a_teacher_gave_by_hand_survives_a_second_marking(classroom):
             one.manual_score, one.needs_manual_grade = 3.0, False
             book.db.commit()
     changed = json.loads((folder / "submitted" / "wrong-1" / "sic" / "sic.ipynb").read_text())
-    changed["cells"].append({"cell_type": "code", "id": "more", "metadata": {}, "source": "x = 1", "outputs": [], "execution_count": None})
+    changed["cells"].append(
+        {
+            "cell_type": "code",
+            "id": "more",
+            "metadata": {},
+            "source": "x = 1",
+            "outputs": [],
+            "execution_count": None,
+        }
+    )
     write(folder, "wrong-1", changed)
     with open_book() as book:
         book.remove_submission("sic", "right-1")
     grade(folder, "sic")
     with open_book() as book:
         kept, read_again = answer(book, "right-2"), answer(book, "wrong-1")
-        assert (kept.manual_score, kept.needs_manual_grade) == (3.0, False) and read_again.needs_manual_grade
-        assert next(one for one in book.assignment_submissions("sic") if one.student.id == "right-1").score == most("sic")
+        assert (kept.manual_score, kept.needs_manual_grade) == (
+            3.0,
+            False,
+        ) and read_again.needs_manual_grade
+        assert next(
+            one for one in book.assignment_submissions("sic") if one.student.id == "right-1"
+        ).score == most("sic")
 
 
 def test_nbgraders_own_commands_go_on_working(classroom):
     folder, marks, _, _ = classroom
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    nbgrader = lambda *words: subprocess.run(["nbgrader", *words], cwd=folder, env=environment, capture_output=True, text=True)  # noqa: E731
-    for words in (("autograde", "sic", "--student", "wrong-0", "--force"), ("generate_feedback", "sic", "--student", "wrong-0", "--force"), ("export", "--to", "grades.csv")):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
+    nbgrader = lambda *words: subprocess.run(
+        ["nbgrader", *words], cwd=folder, env=environment, capture_output=True, text=True
+    )  # noqa: E731
+    for words in (
+        ("autograde", "sic", "--student", "wrong-0", "--force"),
+        ("generate_feedback", "sic", "--student", "wrong-0", "--force"),
+        ("export", "--to", "grades.csv"),
+    ):
         done = nbgrader(*words)
         assert done.returncode == 0, done.stderr[-2000:]
     with (folder / "grades.csv").open() as file:
         rows = {row["student_id"]: row for row in csv.DictReader(file)}
-    assert float(rows["wrong-0"]["raw_score"]) == marks["wrong-0"].score and float(rows["right-0"]["raw_score"]) == most("sic")
+    assert float(rows["wrong-0"]["raw_score"]) == marks["wrong-0"].score and float(
+        rows["right-0"]["raw_score"]
+    ) == most("sic")
     feedback = (folder / "feedback" / "wrong-0" / "sic" / "sic.html").read_text()
-    assert "Ids are ignored" in feedback and "SEED" not in feedback and "manual_seed" not in feedback  # told what is wrong, and not how it was found
+    assert (
+        "Ids are ignored" in feedback and "SEED" not in feedback and "manual_seed" not in feedback
+    )  # told what is wrong, and not how it was found
     (folder / "downloaded" / "sic" / "archive").mkdir(parents=True)
-    (folder / "downloaded" / "sic" / "archive" / "zoe_sic.ipynb").write_text(json.dumps(handed_in("sic")))
-    assert nbgrader("zip_collect", "sic").returncode == 0 and (folder / "submitted" / "zoe" / "sic" / "sic.ipynb").exists()
+    (folder / "downloaded" / "sic" / "archive" / "zoe_sic.ipynb").write_text(
+        json.dumps(handed_in("sic"))
+    )
+    assert (
+        nbgrader("zip_collect", "sic").returncode == 0
+        and (folder / "submitted" / "zoe" / "sic" / "sic.ipynb").exists()
+    )
 
 
 # Without a teacher
@@ -527,15 +817,25 @@ def test_a_zip_works_without_nbgrader(name, tmp_path):
     zipfile.ZipFile(tmp_path / "course" / "zip" / f"{name}.zip").extractall(tmp_path)
     notebook = nbformat.read(tmp_path / name / f"{name}.ipynb", 4)
     assert any("NotImplementedError" in cell.source for cell in notebook.cells)
-    solutions = {cell["id"]: cell["source"] for cell in teacher(name)["cells"] if "-solution-" in cell["id"]}
+    solutions = {
+        cell["id"]: cell["source"] for cell in teacher(name)["cells"] if "-solution-" in cell["id"]
+    }
     for cell in notebook.cells:
         cell.source = solutions.get(cell.metadata.get("nbgrader", {}).get("grade_id"), cell.source)
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
 
 
 def test_check_gives_the_messages_at_once(capsys):
     space = {"__name__": "notebook"}
-    exec("import torch\ndef my_id_targets(ids, key_ids):\n    return torch.eye(len(ids), len(key_ids))", space)
+    exec(
+        "import torch\ndef my_id_targets(ids, key_ids):\n    return torch.eye(len(ids), len(key_ids))",
+        space,
+    )
     course.check("sic", space["my_id_targets"])
     lines = capsys.readouterr().out
     assert "not yet  2 points" in lines and "Ids are ignored" in lines and "Cosines" not in lines
@@ -551,7 +851,9 @@ def test_check_is_content_with_the_library(name, capsys):
     course.check(name)
     lines = capsys.readouterr().out
     assert lines.startswith("right") and "not yet" not in lines
-    assert lines.count("right  ") == sum(part.kind == "check" and not part.hidden for part in ASSIGNMENTS[name].parts)
+    assert lines.count("right  ") == sum(
+        part.kind == "check" and not part.hidden for part in ASSIGNMENTS[name].parts
+    )
 
 
 def test_the_catalogue_is_what_the_chapters_say_and_holds_nothing_hidden():
@@ -576,7 +878,10 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     write(tmp_path / "c", "ada", handed_in("sic"))
     assert cli.main(["course", "grade", "--out", "c", "--jobs", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"{most('sic'):g} of {most('sic'):g}" in out and "kept from strangers' code by limits" in out
+    assert (
+        f"{most('sic'):g} of {most('sic'):g}" in out
+        and "kept from strangers' code by limits" in out
+    )
     assert cli.main(["course", "grade", "--out", "nowhere", "--assignments", "sic"]) == 2
 
 
@@ -587,4 +892,8 @@ def test_restore_keeps_answers_and_rubrics_apart():
             cell["source"] = "Because the other caption is free."
     work, reports = restore(teacher("sic"), notebook)
     text = "\n".join(cell["source"] for cell in work["cells"])
-    assert "Because the other caption is free." in text and ASSIGNMENTS["sic"].parts[-1].rubric[:30] not in text and reports == []
+    assert (
+        "Because the other caption is free." in text
+        and ASSIGNMENTS["sic"].parts[-1].rubric[:30] not in text
+        and reports == []
+    )

@@ -54,10 +54,14 @@ def test_ramp():
 
 @given(step=st.integers(0, 10_000), ramp_steps=st.integers(0, 5000), alpha=st.floats(0, 1))
 def test_ramp_is_monotonic_and_bounded(step, ramp_steps, alpha):
-    assert 0 <= alpha_ramp(step, ramp_steps, alpha) <= alpha_ramp(step + 1, ramp_steps, alpha) <= alpha
+    assert (
+        0 <= alpha_ramp(step, ramp_steps, alpha) <= alpha_ramp(step + 1, ramp_steps, alpha) <= alpha
+    )
 
 
-@pytest.mark.parametrize("arguments", [(-1, 10, 0.4), (1, -10, 0.4), (1, 10, 1.1), (1, 10, -0.1), (1, 10, math.nan)])
+@pytest.mark.parametrize(
+    "arguments", [(-1, 10, 0.4), (1, -10, 0.4), (1, 10, 1.1), (1, 10, -0.1), (1, 10, math.nan)]
+)
 def test_impossible_ramps_are_refused(arguments):
     with pytest.raises(ValueError, match="alpha_ramp"):
         alpha_ramp(*arguments)
@@ -80,7 +84,10 @@ def check_targets(soft):
     hand = soft(torch.tensor([[0.0, 3.0, 2.0]]), torch.tensor([[1.0, 0, 0]]), 0.4)
     assert_close(hand, torch.tensor([[0.6140, 0.2820, 0.1040]]), atol=1e-3, rtol=0)
     for alpha in (0.0, 0.4, 1.0):
-        logits, targets = 9 * torch.randn(5, 12, generator=generator), torch.rand(5, 12, generator=generator).softmax(1)
+        logits, targets = (
+            9 * torch.randn(5, 12, generator=generator),
+            torch.rand(5, 12, generator=generator).softmax(1),
+        )
         q = soft(logits, targets, alpha)
         assert_close(q.double(), loop_targets(logits, targets, alpha), atol=1e-6, rtol=1e-5)
         assert_close(q.sum(1), torch.ones(5))
@@ -111,7 +118,11 @@ def test_targets_equal_the_loops():
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 99), n=st.integers(1, 6), m=st.integers(1, 9))
 def test_rows_sum_to_one(alpha, seed, n, m):
     generator = torch.Generator().manual_seed(seed)
-    q = soft_targets(20 * torch.randn(n, m, generator=generator), torch.rand(n, m, generator=generator).softmax(1), alpha)
+    q = soft_targets(
+        20 * torch.randn(n, m, generator=generator),
+        torch.rand(n, m, generator=generator).softmax(1),
+        alpha,
+    )
     assert_close(q.sum(1), torch.ones(n))
     assert (q >= 0).all()
 
@@ -134,10 +145,20 @@ def test_pitfall_34_no_gradient_into_the_targets():
 def check_temperature_gradient(soft):
     "Student and teacher share tau, which feels the student's logits only: -sum(dL/dz z)/tau."
     generator = torch.Generator().manual_seed(0)
-    s, i, slow_s, slow_i = (F.normalize(torch.randn(4, 6, generator=generator), dim=1) for _ in range(4))
+    s, i, slow_s, slow_i = (
+        F.normalize(torch.randn(4, 6, generator=generator), dim=1) for _ in range(4)
+    )
     tau, y = torch.nn.Parameter(torch.tensor(0.2)), torch.eye(4)
-    q = (soft(similarity_logits(slow_s, slow_i, tau), y, 0.4), soft(similarity_logits(slow_i, slow_s, tau), y, 0.4))
-    losses = [-(target * z.log_softmax(1)).sum(1).mean() / 2 for target, z in zip(q, (similarity_logits(s, slow_i, tau), similarity_logits(i, slow_s, tau)))]
+    q = (
+        soft(similarity_logits(slow_s, slow_i, tau), y, 0.4),
+        soft(similarity_logits(slow_i, slow_s, tau), y, 0.4),
+    )
+    losses = [
+        -(target * z.log_softmax(1)).sum(1).mean() / 2
+        for target, z in zip(
+            q, (similarity_logits(s, slow_i, tau), similarity_logits(i, slow_s, tau))
+        )
+    ]
     (gradient,) = torch.autograd.grad(sum(losses), tau)
     expected = 0.0
     for target, (queries, keys) in zip(q, ((s, slow_i), (i, slow_s))):
@@ -159,7 +180,9 @@ def test_pitfall_19_float32_whatever_comes_in():
             with torch.autocast("cpu", torch.bfloat16):
                 q = soft(logits.to(dtype), targets.to(dtype), 0.9)
             assert q.dtype == torch.float32
-            assert_close(q.double(), loop_targets(logits.to(dtype), targets, 0.9), atol=1e-7, rtol=1e-4)
+            assert_close(
+                q.double(), loop_targets(logits.to(dtype), targets, 0.9), atol=1e-7, rtol=1e-4
+            )
 
     check(soft_targets)
     caught(check, lambda z, y, a: (a * z.half().softmax(1) + (1 - a) * y.half()).float())

@@ -31,7 +31,10 @@ def cell(text, kind="code", output=None):
 
 def notebook(title, name, *cells):
     "A notebook in the rhythm that the gates ask for."
-    start = [cell(f"# {title}\n> {title} in one sentence.", "markdown"), cell(f"#| default_exp {name}")]
+    start = [
+        cell(f"# {title}\n> {title} in one sentence.", "markdown"),
+        cell(f"#| default_exp {name}"),
+    ]
     end = [cell("assert True"), cell("## What comes next\nThe next one.", "markdown")]
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     return {"cells": [*start, *cells, *end], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
@@ -57,17 +60,32 @@ def sound(tmp_path_factory):
     (folder / "speechimg").mkdir()
     for name in ("settings.ini", "pyproject.toml", "CITATION.cff", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    save(folder, "00_core", notebook("Core", "core", cell(CORE), cell("print(twice(2))", output="4\n")))
-    save(folder, "01_data", notebook("Data", "data", cell(DATA), cell("print(four(2))", output="8\n")))
+    save(
+        folder,
+        "00_core",
+        notebook("Core", "core", cell(CORE), cell("print(twice(2))", output="4\n")),
+    )
+    save(
+        folder,
+        "01_data",
+        notebook("Data", "data", cell(DATA), cell("print(four(2))", output="8\n")),
+    )
     save(folder, "11_model", notebook("Model", "model", cell(MODEL), cell("four(1)", output="4\n")))
     index = [
-        cell("# speechimg\n> All of it.\n\nStart with [core](00_core.ipynb), see the [licence](../LICENSE).", "markdown"),
+        cell(
+            "# speechimg\n> All of it.\n\nStart with [core](00_core.ipynb), see the [licence](../LICENSE).",
+            "markdown",
+        ),
         cell("#| echo: false\nprint('a table')", output="a table\n"),
         cell("#| hide\nsecret = 1"),
     ]
     content = {**notebook("", "none"), "cells": index}
     content["cells"][1]["outputs"].append(
-        {"output_type": "display_data", "metadata": {}, "data": {"image/png": "aGVsbG8=", "text/plain": "<Figure>"}}
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {"image/png": "aGVsbG8=", "text/plain": "<Figure>"},
+        }
     )
     save(folder, "index", content)
     notebooks.export(folder)
@@ -109,27 +127,50 @@ def misnamed(folder):
 
 
 def long_module(folder):
-    edit(folder, "00_core", lambda cells: cells[2].update(source=CORE + "\n" + "\n".join(f"a{i} = {i}" for i in range(260))))
+    edit(
+        folder,
+        "00_core",
+        lambda cells: cells[2].update(
+            source=CORE + "\n" + "\n".join(f"a{i} = {i}" for i in range(260))
+        ),
+    )
     notebooks.export(folder)
 
 
 def leans(folder):
-    edit(folder, "01_data", lambda cells: cells[2].update(source=DATA.replace("twice(twice(x))", "thrice(x)")))
+    edit(
+        folder,
+        "01_data",
+        lambda cells: cells[2].update(source=DATA.replace("twice(twice(x))", "thrice(x)")),
+    )
     notebooks.export(folder)
 
 
 def star(folder):
-    edit(folder, "01_data", lambda cells: cells[2].update(source=DATA.replace("import twice", "import *")))
+    edit(
+        folder,
+        "01_data",
+        lambda cells: cells[2].update(source=DATA.replace("import twice", "import *")),
+    )
     notebooks.export(folder)
 
 
 def unimportable(folder):
-    edit(folder, "01_data", lambda cells: cells[2].update(source=DATA + "\n\neight = four('x') / 2"))
+    edit(
+        folder, "01_data", lambda cells: cells[2].update(source=DATA + "\n\neight = four('x') / 2")
+    )
     notebooks.export(folder)
 
 
 def cycle(folder):
-    edit(folder, "00_core", lambda cells: cells[2].update(source=CORE + "\n\ndef eight(x):\n    from speechimg.data import four\n    return four(x)"))
+    edit(
+        folder,
+        "00_core",
+        lambda cells: cells[2].update(
+            source=CORE
+            + "\n\ndef eight(x):\n    from speechimg.data import four\n    return four(x)"
+        ),
+    )
     notebooks.export(folder)
 
 
@@ -151,11 +192,17 @@ def eval_false(folder):
 
 
 def whole_notebook(folder):
-    edit(folder, "01_data", lambda cells: cells[0].update(source="# Data\n> One sentence.\n- skip_exec: true"))
+    edit(
+        folder,
+        "01_data",
+        lambda cells: cells[0].update(source="# Data\n> One sentence.\n- skip_exec: true"),
+    )
 
 
 def not_python(folder):
-    edit(folder, "01_data", lambda cells: cells[3].update(source="#| slow\n# takes an hour\nfour(2"))
+    edit(
+        folder, "01_data", lambda cells: cells[3].update(source="#| slow\n# takes an hour\nfour(2")
+    )
 
 
 def other_kernel(folder):
@@ -176,7 +223,11 @@ def many_cells(folder):
 
 
 def many_words(folder):
-    edit(folder, "01_data", lambda cells: cells[0].update(source=cells[0]["source"] + "\n\n" + "word " * 1500))
+    edit(
+        folder,
+        "01_data",
+        lambda cells: cells[0].update(source=cells[0]["source"] + "\n\n" + "word " * 1500),
+    )
 
 
 def no_outputs(folder):
@@ -205,7 +256,11 @@ def stale_readme(folder):
 
 
 def stale_picture(folder):
-    edit(folder, "index", lambda cells: cells[1]["outputs"][1]["data"].update({"image/png": "aGVsbG9v"}))
+    edit(
+        folder,
+        "index",
+        lambda cells: cells[1]["outputs"][1]["data"].update({"image/png": "aGVsbG9v"}),
+    )
 
 
 def picture_left(folder):
@@ -213,7 +268,11 @@ def picture_left(folder):
 
 
 def machine_path(folder):
-    edit(folder, "01_data", lambda cells: cells[3]["outputs"][0].update(text="saved to " + "/home" + "/ann/out.png"))
+    edit(
+        folder,
+        "01_data",
+        lambda cells: cells[3]["outputs"][0].update(text="saved to " + "/home" + "/ann/out.png"),
+    )
 
 
 def checkout_path(folder):
@@ -292,7 +351,9 @@ def test_sound_project_passes(sound, name):
     assert gates.GATES[name](sound).findings == []
 
 
-@pytest.mark.parametrize("name, spoil, message", DEFECTS, ids=[spoil.__name__ for _, spoil, _ in DEFECTS])
+@pytest.mark.parametrize(
+    "name, spoil, message", DEFECTS, ids=[spoil.__name__ for _, spoil, _ in DEFECTS]
+)
 def test_gate_finds_the_defect(project, name, spoil, message):
     spoil(project)
     findings = gates.GATES[name](project).findings
@@ -308,7 +369,9 @@ def test_looks_sideways(project):
         save(project, name, notebook("Room", name[3:]))
     assert gates.gate_floors(project).findings == []
     (project / "speechimg" / "sim.py").write_text("from .speech import x\n")
-    assert gates.gate_floors(project).findings == ["speechimg/sim.py:1: imports speech, which is not on a floor below"]
+    assert gates.gate_floors(project).findings == [
+        "speechimg/sim.py:1: imports speech, which is not on a floor below"
+    ]
     for name, others in gates.NEIGHBOURS.items():
         assert others <= {other for other, _ in gates.imports(ROOT / "speechimg" / f"{name}.py")}
 
@@ -328,11 +391,19 @@ def test_untracked_files_are_seen_and_ignored_ones_are_not(project):
 
 
 def test_reasons_are_listed(project):
-    edit(project, "01_data", lambda cells: cells[3].update(source="#| slow\n# two hours on one GPU\nfour(2)"))
+    edit(
+        project,
+        "01_data",
+        lambda cells: cells[3].update(source="#| slow\n# two hours on one GPU\nfour(2)"),
+    )
     report = gates.gate_skipped(project)
     assert report.findings == [] and "two hours on one GPU" in report.note
     edit(project, "01_data", lambda cells: cells[3].update(source="#| gpu\nfour(2)"))
-    edit(project, "01_data", lambda cells: cells.insert(3, cell("Needs one GPU and takes ten minutes.", "markdown")))
+    edit(
+        project,
+        "01_data",
+        lambda cells: cells.insert(3, cell("Needs one GPU and takes ten minutes.", "markdown")),
+    )
     assert "takes ten minutes" in gates.gate_skipped(project).note
 
 
@@ -353,4 +424,9 @@ def test_readme_hides_and_moves_links(sound):
 
 
 def test_words_counts_prose():
-    assert gates.words("Two words $x + y$ and `code` [here](http://a.b/c).\n```\nnot this at all\n```\n") == 4
+    assert (
+        gates.words(
+            "Two words $x + y$ and `code` [here](http://a.b/c).\n```\nnot this at all\n```\n"
+        )
+        == 4
+    )

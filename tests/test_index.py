@@ -47,17 +47,37 @@ def write(folder, name, metrics):
 
 def cells(text, *starts):
     "The cells of the table row that starts like this."
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return next(row[len(starts) :] for row in rows if row[: len(starts)] == list(starts))
 
 
 def test_results_are_those_of_the_files(page, tmp_path):
     write(tmp_path, "reference", METRICS)
     text = page["results"](tmp_path)
-    assert cells(text, "scenes, test", "coarse") == ["51.2", "80.0", "91.0", "52.0", "81.0", "92.0", "61.0"]
+    assert cells(text, "scenes, test", "coarse") == [
+        "51.2",
+        "80.0",
+        "91.0",
+        "52.0",
+        "81.0",
+        "92.0",
+        "61.0",
+    ]
     assert cells(text, "", "fine") == ["66.6", "88.0", "91.5", "67.0", "89.0", "92.5", "88.8"]
-    assert cells(text, "stamps, people speaking English: nouns of the scenes (30 recordings)", "coarse")[:4] == ["20.0", "41.0", "55.0", "–"]
-    for said in ("`speechimg train --corpus scenes`", "seed 3", "1200 steps in 10 minutes", "2026-01-31", "frozen pretrained"):
+    assert cells(
+        text, "stamps, people speaking English: nouns of the scenes (30 recordings)", "coarse"
+    )[:4] == ["20.0", "41.0", "55.0", "–"]
+    for said in (
+        "`speechimg train --corpus scenes`",
+        "seed 3",
+        "1200 steps in 10 minutes",
+        "2026-01-31",
+        "frozen pretrained",
+    ):
         assert said in text
 
 
@@ -68,10 +88,14 @@ def test_what_is_missing_is_called_so(page, tmp_path):
     text = page["results"](tmp_path)
     assert cells(text, "scenes, a drawing style never seen", "coarse")[0] == "not measured"
     assert cells(text, "stamps, people speaking English: all nouns", "coarse")[0] == "not measured"
-    assert text.index("`reference`") < text.index("`small`") and "None" not in text.split("`small`")[0]
+    assert (
+        text.index("`reference`") < text.index("`small`") and "None" not in text.split("`small`")[0]
+    )
 
 
-@pytest.mark.parametrize("broken", [None, [], 7, {"test": 3}, {"test": {"coarse": {"speech_to_image": {"1": "x"}}}}])
+@pytest.mark.parametrize(
+    "broken", [None, [], 7, {"test": 3}, {"test": {"coarse": {"speech_to_image": {"1": "x"}}}}]
+)
 def test_odd_metrics_do_not_break_the_page(page, tmp_path, broken):
     write(tmp_path, "odd", {"evaluations": broken})
     assert "Model `odd`" in page["results"](tmp_path)
@@ -112,10 +136,16 @@ def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
 
     found = 0
     for path in [root / "README.md", *sorted((root / "nbs").glob("*.ipynb"))]:
-        for start, name, rest in re.findall(r"torchrun --nproc-per-node (\d+) [^\n]*--config (\S+)([^\n]*)", path.read_text()):
+        for start, name, rest in re.findall(
+            r"torchrun --nproc-per-node (\d+) [^\n]*--config (\S+)([^\n]*)", path.read_text()
+        ):
             config = Config.load(name)
             cut = re.search(r"--set accumulate=(\d+)", rest)
-            assert config.batch_size // int(cut[1] if cut else config.accumulate) // int(start) == config.batch_size // config.accumulate == 32, (path.name, name)
+            assert (
+                config.batch_size // int(cut[1] if cut else config.accumulate) // int(start)
+                == config.batch_size // config.accumulate
+                == 32
+            ), (path.name, name)
             found += 1
     assert found == 6
 
@@ -126,6 +156,10 @@ def test_the_front_page_asks_what_the_demo_asks():
     from speechimg.corpora import load_corpus
 
     names, stamps = {}, load_corpus("stamps", "all")
-    code = next(code for cell in notebooks.read(INDEX)["cells"] if "def human_queries(" in (code := notebooks.body(cell)))
+    code = next(
+        code
+        for cell in notebooks.read(INDEX)["cells"]
+        if "def human_queries(" in (code := notebooks.body(cell))
+    )
     exec(code[: code.index("def show_answers(")], names)
     assert names["human_queries"](stamps) == demo.human_queries(stamps)

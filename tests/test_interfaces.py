@@ -28,13 +28,15 @@ RUN = json.loads((data_dir() / "models" / "reference" / "metrics.json").read_tex
 
 def make(towers="light", run=None, **settings):
     torch.manual_seed(0)
-    if towers == "paper": settings = {"speech_model": "tiny", "image_model": "tiny"} | settings
+    if towers == "paper":
+        settings = {"speech_model": "tiny", "image_model": "tiny"} | settings
     model = SpeechImageModel(Config(towers=towers, **SIZES | settings)).eval()
     model.run = run
     return model
 
 
 # ---- the card
+
 
 def test_round_trip_gives_the_same_bits_and_the_same_story(tmp_path):
     "Twice saved and loaded: equal outputs, equal facts, equal card."
@@ -45,40 +47,87 @@ def test_round_trip_gives_the_same_bits_and_the_same_story(tmp_path):
     third = SpeechImageModel.from_pretrained(tmp_path / "two")
     frames, lengths, grids = torch.randn(3, 9, 96), torch.tensor([9, 4, 1]), torch.randn(3, 36, 320)
     with torch.inference_mode():
-        outputs = [(model.encode_speech(frames, lengths), model.encode_image(grids)) for model in (first, third)]
+        outputs = [
+            (model.encode_speech(frames, lengths), model.encode_image(grids))
+            for model in (first, third)
+        ]
         for one, other in zip(*outputs):
             assert all(torch.equal(a, b) for a, b in zip(one, other))
-        logits = [model.match(speech.tokens, speech.mask, image.tokens) for model, (speech, image) in zip((first, third), outputs)]
+        logits = [
+            model.match(speech.tokens, speech.mask, image.tokens)
+            for model, (speech, image) in zip((first, third), outputs)
+        ]
     assert torch.equal(*logits)
     assert second.run == third.run == RUN and not third.training
     for name in ("README.md", "config.json", "model.safetensors", "metrics.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
+            name
+        )
 
 
 def test_the_card_says_data_licence_metrics_and_command(tmp_path):
     make(run=RUN).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.library_name == "speechimg" and card.data.datasets == ["scenes"]
-    assert "speech-image-retrieval" in card.data.tags and card.data.pipeline_tag == "feature-extraction"
-    assert RUN["command"] in card.text and "12052 recordings in train" in card.text and "Apache-2.0" in card.text
-    figures = {(result.dataset_split, result.metric_name): result.metric_value for result in card.data.eval_results}
+    assert (
+        card.data.license == "apache-2.0"
+        and card.data.library_name == "speechimg"
+        and card.data.datasets == ["scenes"]
+    )
+    assert (
+        "speech-image-retrieval" in card.data.tags
+        and card.data.pipeline_tag == "feature-extraction"
+    )
+    assert (
+        RUN["command"] in card.text
+        and "12052 recordings in train" in card.text
+        and "Apache-2.0" in card.text
+    )
+    figures = {
+        (result.dataset_split, result.metric_name): result.metric_value
+        for result in card.data.eval_results
+    }
     for k, value in RUN["evaluations"]["test"]["fine"]["image_to_speech"].items():
         assert figures["test", f"R@{k}, image to speech, fine"] == value
-    assert figures["stamps_en (all)", "R@10, speech to image, coarse"] == RUN["evaluations"]["stamps_en"]["all"]["coarse"]["10"]
+    assert (
+        figures["stamps_en (all)", "R@10, speech to image, coarse"]
+        == RUN["evaluations"]["stamps_en"]["all"]["coarse"]["10"]
+    )
     assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {
-        ("scenes", "validation"), ("scenes", "test"), ("scenes", "test_style"), ("stamps", "stamps_en (all)"), ("stamps", "stamps_en (nouns)")}
-    assert len(figures) == 3 * (3 * 4 + 2 * 2)  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
+        ("scenes", "validation"),
+        ("scenes", "test"),
+        ("scenes", "test_style"),
+        ("stamps", "stamps_en (all)"),
+        ("stamps", "stamps_en (nouns)"),
+    }
+    assert (
+        len(figures) == 3 * (3 * 4 + 2 * 2)
+    )  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
     assert card.text.count("| fine |") == 3 * 2 + 2
     make(run=RUN | {"evaluations": {"voice": RUN["evaluations"]["test"]}}).save_pretrained(tmp_path)
-    assert {result.dataset_type for result in ModelCard.load(tmp_path / "README.md").data.eval_results} == {"scenes"}
+    assert {
+        result.dataset_type for result in ModelCard.load(tmp_path / "README.md").data.eval_results
+    } == {"scenes"}
 
 
 def test_training_writes_the_card(tmp_path, miniature):
     "What train knows is in the folder, and the loaded model knows it too."
-    config = Config(towers="small", **SIZES, batch_size=4, queue_size=8, steps=2, warmup_steps=1, evaluate_every=2, checkpoint_every=2)
+    config = Config(
+        towers="small",
+        **SIZES,
+        batch_size=4,
+        queue_size=8,
+        steps=2,
+        warmup_steps=1,
+        evaluate_every=2,
+        checkpoint_every=2,
+    )
     out = train(config, miniature, tmp_path / "run", progress=False)
     card, run = ModelCard.load(out / "README.md"), read_json(out / "metrics.json")
-    assert SpeechImageModel.from_pretrained(out).run == run and card.data.datasets == [miniature.name] and run["command"] in card.text
+    assert (
+        SpeechImageModel.from_pretrained(out).run == run
+        and card.data.datasets == [miniature.name]
+        and run["command"] in card.text
+    )
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values["R@5, speech to image, fine"] == run["validation"]["fine"]["speech_to_image"]["5"]
 
@@ -86,7 +135,11 @@ def test_training_writes_the_card(tmp_path, miniature):
 def test_a_model_without_a_past_says_so(tmp_path):
     make().save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "Nothing is recorded" in card.text and card.data.eval_results is None and not (tmp_path / "metrics.json").exists()
+    assert (
+        "Nothing is recorded" in card.text
+        and card.data.eval_results is None
+        and not (tmp_path / "metrics.json").exists()
+    )
     assert SpeechImageModel.from_pretrained(tmp_path).run is None
 
 
@@ -101,7 +154,18 @@ def test_our_card_is_renewed_and_a_written_one_is_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
-@pytest.mark.parametrize("run", [{}, {"validation": [1]}, {"evaluations": {"x": {"coarse": {"a": {"1": 2}}, "all": 3}}, "command": 7, "recordings": {}}])
+@pytest.mark.parametrize(
+    "run",
+    [
+        {},
+        {"validation": [1]},
+        {
+            "evaluations": {"x": {"coarse": {"a": {"1": 2}}, "all": 3}},
+            "command": 7,
+            "recordings": {},
+        },
+    ],
+)
 def test_odd_facts_make_a_card_all_the_same(tmp_path, run):
     make(run=run).save_pretrained(tmp_path)
     ModelCard.load(tmp_path / "README.md")
@@ -111,34 +175,49 @@ def test_odd_facts_make_a_card_all_the_same(tmp_path, run):
 def test_damaged_facts_do_not_keep_a_model_from_loading(tmp_path, content):
     make(run=RUN).save_pretrained(tmp_path)
     (tmp_path / "metrics.json").write_bytes(content)
-    with pytest.warns(UserWarning, match="metrics.json"): assert SpeechImageModel.from_pretrained(tmp_path).run is None
+    with pytest.warns(UserWarning, match="metrics.json"):
+        assert SpeechImageModel.from_pretrained(tmp_path).run is None
 
 
 # ---- the hub, without one
+
 
 def test_push_uploads_the_right_files(monkeypatch):
     seen = {}
 
     class Api:
-        def __init__(self, token=None): pass
-        def create_repo(self, repo_id, **options): return type("Url", (), {"repo_id": repo_id})
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return type("Url", (), {"repo_id": repo_id})
+
         def upload_folder(self, repo_id, folder_path, **options):
-            seen.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, repo=repo_id)
+            seen.update(
+                {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, repo=repo_id
+            )
             return "url"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     model = make(run=RUN)
     assert model.push_to_hub("me/model") == "url" and seen.pop("repo") == "me/model"
     assert sorted(seen) == ["README.md", "config.json", "metrics.json", "model.safetensors"]
-    assert json.loads(seen["metrics.json"]) == RUN and Config.from_dict(json.loads(seen["config.json"])) == model.config
-    assert set(safetensors.torch.load(seen["model.safetensors"])) == set(model.state_dict()) and RUN["command"].encode() in seen["README.md"]
+    assert (
+        json.loads(seen["metrics.json"]) == RUN
+        and Config.from_dict(json.loads(seen["config.json"])) == model.config
+    )
+    assert (
+        set(safetensors.torch.load(seen["model.safetensors"])) == set(model.state_dict())
+        and RUN["command"].encode() in seen["README.md"]
+    )
 
 
 def test_a_model_of_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
     make(run=RUN).save_pretrained(tmp_path)
 
     def download(repo_id, filename, **options):
-        if not (tmp_path / filename).exists(): raise EntryNotFoundError(filename)
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError(filename)
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
@@ -147,10 +226,12 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
     (tmp_path / "metrics.json").unlink()
     assert SpeechImageModel.from_pretrained("me/model").run is None
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled"): SpeechImageModel.from_pretrained("me/model")
+    with pytest.raises(InputError, match="pickled"):
+        SpeechImageModel.from_pretrained("me/model")
 
 
 # ---- hostile files
+
 
 @pytest.fixture
 def built(monkeypatch):
@@ -166,41 +247,70 @@ def built(monkeypatch):
 
 
 @pytest.mark.parametrize("towers", ["light", "small", "paper"])
-@pytest.mark.parametrize("lie", [{"width": 40_000_000}, {"dim": 10**12}, {"fusion_depth": 10**9}, {"speech_depth": 10**6}, {"image_depth": 10**5}, {"width": 2**62}, {"width": 32}, {"dim": 9},
-                                 {"width": 17_000, "dim": 1}])
-def test_sizes_that_the_file_does_not_have_are_refused_before_memory_is_asked_for(tmp_path, towers, lie, built):
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"width": 40_000_000},
+        {"dim": 10**12},
+        {"fusion_depth": 10**9},
+        {"speech_depth": 10**6},
+        {"image_depth": 10**5},
+        {"width": 2**62},
+        {"width": 32},
+        {"dim": 9},
+        {"width": 17_000, "dim": 1},
+    ],
+)
+def test_sizes_that_the_file_does_not_have_are_refused_before_memory_is_asked_for(
+    tmp_path, towers, lie, built
+):
     make(towers).save_pretrained(tmp_path)
     built.clear()
     config = json.loads((tmp_path / "config.json").read_text()) | lie
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError) as error: SpeechImageModel.from_pretrained(tmp_path)
-    assert any(name in str(error.value) for name in ("model.safetensors", "config.json: width: ", "config.json: dim: ")) and "\n" not in str(error.value)
+    with pytest.raises(InputError) as error:
+        SpeechImageModel.from_pretrained(tmp_path)
+    assert any(
+        name in str(error.value)
+        for name in ("model.safetensors", "config.json: width: ", "config.json: dim: ")
+    ) and "\n" not in str(error.value)
     assert set(built) <= {"meta"}
 
 
 @pytest.mark.parametrize("finetune", ["none", "both"])
 def test_the_towers_of_the_paper_are_compared_too(tmp_path, finetune, built):
     make("paper", finetune=finetune).save_pretrained(tmp_path)
-    assert set(SpeechImageModel.from_pretrained(tmp_path).state_dict()) == set(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    assert set(SpeechImageModel.from_pretrained(tmp_path).state_dict()) == set(
+        safetensors.torch.load_file(tmp_path / "model.safetensors")
+    )
     built.clear()
     config = json.loads((tmp_path / "config.json").read_text()) | {"width": 24, "heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="config.json asks for"): SpeechImageModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="config.json asks for"):
+        SpeechImageModel.from_pretrained(tmp_path)
     assert set(built) == {"meta"}
 
 
 def test_without_the_check_memory_would_be_asked_for(tmp_path, built, monkeypatch):
     "Mutant: the config is believed."
     make().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"dim": 9}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"dim": 9})
+    )
     built.clear()
     monkeypatch.setattr(hub_room, "check_weights", lambda *arguments: None)
-    with pytest.raises(InputError): SpeechImageModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        SpeechImageModel.from_pretrained(tmp_path)
     assert built == ["cpu"]
 
 
 def header(tensors):  # {name: (shape, first byte, last byte)}
-    text = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [first, last]} for name, (shape, first, last) in tensors.items()}).encode()
+    text = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [first, last]}
+            for name, (shape, first, last) in tensors.items()
+        }
+    ).encode()
     return struct.pack("<Q", len(text)) + text
 
 
@@ -208,11 +318,22 @@ def test_headers_that_lie(tmp_path, built):
     make().save_pretrained(tmp_path)
     file, built[:] = tmp_path / "model.safetensors", []
     names = list(safetensors.torch.load_file(file))
-    for data in (header({"temperature": ([10**12], 0, 4 * 10**12)}), header({"temperature": ([2**62, 4], 0, 4)}), struct.pack("<Q", 2**60) + b"{}",
-                 header({name: ([0], 0, 0) for name in names}), b"\x80\x04K\x01.", b"{}"):
+    for data in (
+        header({"temperature": ([10**12], 0, 4 * 10**12)}),
+        header({"temperature": ([2**62, 4], 0, 4)}),
+        struct.pack("<Q", 2**60) + b"{}",
+        header({name: ([0], 0, 0) for name in names}),
+        b"\x80\x04K\x01.",
+        b"{}",
+    ):
         file.write_bytes(data)
-        with pytest.raises(InputError) as error: SpeechImageModel.from_pretrained(tmp_path)
-        assert any(name in str(error.value) for name in ("model.safetensors", "config.json: ")) and "too" in str(error.value) or "model.safetensors" in str(error.value)
+        with pytest.raises(InputError) as error:
+            SpeechImageModel.from_pretrained(tmp_path)
+        assert (
+            any(name in str(error.value) for name in ("model.safetensors", "config.json: "))
+            and "too" in str(error.value)
+            or "model.safetensors" in str(error.value)
+        )
     assert set(built) <= {"meta"}
 
 
@@ -223,25 +344,34 @@ def test_a_file_larger_than_the_memory_is_refused(tmp_path, built):
     file, built[:] = tmp_path / "model.safetensors", []
     file.write_bytes(start := header({"encoders.speech_projection.weight": ([size], 0, 4 * size)}))
     try:
-        with open(file, "r+b") as sparse: sparse.truncate(len(start) + 4 * size)
-    except OSError: pytest.skip("this file system has no such files")
-    with pytest.raises(InputError, match="more than the memory|does not hold"): SpeechImageModel.from_pretrained(tmp_path)
+        with open(file, "r+b") as sparse:
+            sparse.truncate(len(start) + 4 * size)
+    except OSError:
+        pytest.skip("this file system has no such files")
+    with pytest.raises(InputError, match="more than the memory|does not hold"):
+        SpeechImageModel.from_pretrained(tmp_path)
     assert not built
 
 
-@pytest.mark.parametrize("text", ["[]", "7", "{", '{"wdith": 3}', '{"width": "3"}', '{"width": 1e400}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "7", "{", '{"wdith": 3}', '{"width": "3"}', '{"width": 1e400}']
+)
 def test_a_config_that_is_none_is_an_input_error(tmp_path, text):
     make().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError) as error: SpeechImageModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError) as error:
+        SpeechImageModel.from_pretrained(tmp_path)
     assert "config.json" in str(error.value)
 
 
 # ---- vectors from files
 
+
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "mini", n_images=10, captions=2, splits=("train", "val"))
+    return make_corpus(
+        tmp_path_factory.mktemp("corpus") / "mini", n_images=10, captions=2, splits=("train", "val")
+    )
 
 
 @pytest.mark.parametrize("towers", ["light", "small"])
@@ -250,13 +380,30 @@ def test_vectors_from_files_equal_those_of_retrieval(miniature, towers, batch_si
     "Paths, arrays, tensors and pictures; in batches of any size; in the order given."
     model, corpus = make(towers).train(), load_corpus(miniature, "val")
     reference = embed(model, load_features(model, corpus))
-    wavs, pictures = [miniature / caption.wav for caption in corpus.captions], [miniature / picture.path for picture in corpus.pictures]
-    waves, images = [corpus.load_wave(place) for place in range(len(wavs))], [corpus.load_picture(place) for place in range(len(pictures))]
-    for given in (wavs, [str(path) for path in wavs], waves, [wave.numpy() for wave in waves], (wave for wave in waves)):
+    wavs, pictures = (
+        [miniature / caption.wav for caption in corpus.captions],
+        [miniature / picture.path for picture in corpus.pictures],
+    )
+    waves, images = (
+        [corpus.load_wave(place) for place in range(len(wavs))],
+        [corpus.load_picture(place) for place in range(len(pictures))],
+    )
+    for given in (
+        wavs,
+        [str(path) for path in wavs],
+        waves,
+        [wave.numpy() for wave in waves],
+        (wave for wave in waves),
+    ):
         found = model.embed_speech(given, batch_size, progress=False)
         assert found.dtype == np.float32 and np.abs(found - reference.speech.numpy()).max() < 1e-5
     for given in (pictures, [str(path) for path in pictures], images):
-        assert np.abs(model.embed_images(given, batch_size, progress=False) - reference.image.numpy()).max() < 1e-5
+        assert (
+            np.abs(
+                model.embed_images(given, batch_size, progress=False) - reference.image.numpy()
+            ).max()
+            < 1e-5
+        )
     assert model.training and all(part.training for part in model.modules())
 
 
@@ -267,41 +414,75 @@ def test_more_than_the_memory_of_one_round_keeps_its_order(miniature):
     one_by_one = np.concatenate([model.embed_speech([wave], progress=False) for wave in waves])
     assert np.abs(model.embed_speech(waves, 1, progress=False) - one_by_one).max() < 1e-5
     source = inspect.getsource(model_room.embed_all)
-    mutant = source.replace("[start + row for row in rows]", "[start + order.index(row) for row in rows]")
+    mutant = source.replace(
+        "[start + row for row in rows]", "[start + order.index(row) for row in rows]"
+    )
     assert mutant != source
     space = dict(vars(model_room))
     exec(mutant, space)
     frames = [model.speech_tower.front_end(wave) for wave in waves]
     encode = lambda some: torch.stack([torch.as_tensor(one).float().mean(0)[:8] for one in some])
     read = lambda one, name: one
-    right, wrong = (function(model, "recording", frames, read, encode, 4, False) for function in (model_room.embed_all, space["embed_all"]))
-    assert np.allclose(right, [one.astype(np.float32).mean(0)[:8] for one in frames], atol=1e-4) and not np.allclose(right, wrong, atol=1e-3)
+    right, wrong = (
+        function(model, "recording", frames, read, encode, 4, False)
+        for function in (model_room.embed_all, space["embed_all"])
+    )
+    assert np.allclose(
+        right, [one.astype(np.float32).mean(0)[:8] for one in frames], atol=1e-4
+    ) and not np.allclose(right, wrong, atol=1e-3)
 
 
 def test_every_format_is_read(tmp_path, miniature):
     model, corpus = make(), load_corpus(miniature, "val")
     wave = corpus.load_wave(0).numpy()
-    for kind, subtype in (("WAV", "FLOAT"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")):
+    for kind, subtype in (
+        ("WAV", "FLOAT"),
+        ("FLAC", "PCM_24"),
+        ("OGG", "VORBIS"),
+        ("MP3", "MPEG_LAYER_III"),
+    ):
         (tmp_path / f"a.{kind.lower()}").write_bytes(wav_bytes(wave, subtype=subtype, format=kind))
     found = model.embed_speech(sorted(tmp_path.iterdir()), progress=False)
     assert found.shape == (4, 8) and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     (tmp_path / "p.jpg").write_bytes(image_bytes(corpus.load_picture(0), "JPEG"))
     (tmp_path / "p.png").write_bytes(image_bytes(corpus.load_picture(0).convert("LA")))
-    assert model.embed_images([tmp_path / "p.jpg", tmp_path / "p.png"], progress=False).shape == (2, 8)
-    assert model.embed_speech([], progress=False).shape == model.embed_images([], progress=False).shape == (0, 8)
+    assert model.embed_images([tmp_path / "p.jpg", tmp_path / "p.png"], progress=False).shape == (
+        2,
+        8,
+    )
+    assert (
+        model.embed_speech([], progress=False).shape
+        == model.embed_images([], progress=False).shape
+        == (0, 8)
+    )
 
 
 def test_what_cannot_be_embedded_is_named(tmp_path, miniature):
     model, wave = make(), np.zeros(16_000, np.float32)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    for given, where in (([wave, tmp_path / "broken.wav"], "broken.wav"), ([tmp_path / "gone.wav"], "gone.wav"), ([tmp_path], tmp_path.name), ([wave, wave[:0]], "recording 1"),
-                         ([wave * np.nan], "recording 0"), ([wave, wave.astype(np.int16)], "recording 1"), ([wave.reshape(2, -1)], "recording 0"), ([None], "recording 0"),
-                         ([object()], "recording 0"), ("one.wav", "one.wav")):
-        with pytest.raises(InputError) as error: model.embed_speech(given, progress=False)
+    for given, where in (
+        ([wave, tmp_path / "broken.wav"], "broken.wav"),
+        ([tmp_path / "gone.wav"], "gone.wav"),
+        ([tmp_path], tmp_path.name),
+        ([wave, wave[:0]], "recording 1"),
+        ([wave * np.nan], "recording 0"),
+        ([wave, wave.astype(np.int16)], "recording 1"),
+        ([wave.reshape(2, -1)], "recording 0"),
+        ([None], "recording 0"),
+        ([object()], "recording 0"),
+        ("one.wav", "one.wav"),
+    ):
+        with pytest.raises(InputError) as error:
+            model.embed_speech(given, progress=False)
         assert where in error.value.where and "\n" not in str(error.value)
-    for given, where in (([tmp_path / "broken.png"], "broken.png"), ([wave], "picture 0"), (tmp_path / "one.png", "one.png")):
-        with pytest.raises(InputError) as error: model.embed_images(given, progress=False)
+    for given, where in (
+        ([tmp_path / "broken.png"], "broken.png"),
+        ([wave], "picture 0"),
+        (tmp_path / "one.png", "one.png"),
+    ):
+        with pytest.raises(InputError) as error:
+            model.embed_images(given, progress=False)
         assert where in error.value.where
     assert not model.training
 

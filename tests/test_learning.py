@@ -6,8 +6,24 @@ from speechimg.core import Config, data_dir, read_json
 from speechimg.train import train
 
 # Small enough for two minutes on two cores, features included; what ships is trained longer and on everything.
-QUICK = Config(width=96, dim=64, heads=4, speech_depth=1, image_depth=1, fusion_depth=1, batch_size=64, steps=300, learning_rate=2e-3, warmup_steps=20,
-               student_steps=300, queue_size=0, siblings=0.0, sim_start_step=280, evaluate_every=300, checkpoint_every=300)
+QUICK = Config(
+    width=96,
+    dim=64,
+    heads=4,
+    speech_depth=1,
+    image_depth=1,
+    fusion_depth=1,
+    batch_size=64,
+    steps=300,
+    learning_rate=2e-3,
+    warmup_steps=20,
+    student_steps=300,
+    queue_size=0,
+    siblings=0.0,
+    sim_start_step=280,
+    evaluate_every=300,
+    checkpoint_every=300,
+)
 CAPTIONS = 600
 AT_LEAST = 4  # times chance, recall at 10 of both directions
 
@@ -18,6 +34,9 @@ def test_quick_training_beats_chance(tmp_path):
     metrics = read_json(out / "metrics.json")
     recall, recordings = metrics["validation"]["coarse"], metrics["recordings"]["val"]
     assert recordings == 600
-    for direction in ("speech_to_image", "image_to_speech"):  # 1 of 300 pictures; 2 of 600 recordings
+    for direction in (
+        "speech_to_image",
+        "image_to_speech",
+    ):  # 1 of 300 pictures; 2 of 600 recordings
         chance = 100 * 10 / 300
         assert recall[direction]["10"] > AT_LEAST * chance, (recall, chance)

@@ -40,19 +40,31 @@ def constant_inside(logits, ids, key_ids=None):
 
 
 def diagonal_only(logits, ids, key_ids=None):
-    return logits.masked_fill(torch.eye(*logits.shape, dtype=torch.bool), -torch.inf).softmax(1).nan_to_num()
+    return (
+        logits.masked_fill(torch.eye(*logits.shape, dtype=torch.bool), -torch.inf)
+        .softmax(1)
+        .nan_to_num()
+    )
 
 
 def large_constant(logits, ids, key_ids=None):
-    return logits.masked_fill(ids[:, None] == (ids if key_ids is None else key_ids), -10_000.0).softmax(1)
+    return logits.masked_fill(
+        ids[:, None] == (ids if key_ids is None else key_ids), -10_000.0
+    ).softmax(1)
 
 
 def empty_slots_count(logits, ids, key_ids=None):
-    return logits.masked_fill(ids[:, None] == (ids if key_ids is None else key_ids), -torch.inf).softmax(1).nan_to_num()
+    return (
+        logits.masked_fill(ids[:, None] == (ids if key_ids is None else key_ids), -torch.inf)
+        .softmax(1)
+        .nan_to_num()
+    )
 
 
 def half_softmax(logits, ids, key_ids=None):
-    masked = logits.half().masked_fill(ids[:, None] == (ids if key_ids is None else key_ids), -torch.inf)
+    masked = logits.half().masked_fill(
+        ids[:, None] == (ids if key_ids is None else key_ids), -torch.inf
+    )
     return masked.softmax(1).float().nan_to_num()
 
 
@@ -69,8 +81,15 @@ def drawn_with(probabilities):
 
 
 def check_by_hand(probabilities):
-    P = probabilities(torch.tensor([[5.0, 2.0, 1.0], [0.0, 4.0, 3.0], [1.0, 1.0, 6.0]]), torch.tensor([0, 1, 2]))
-    assert_close(P, torch.tensor([[0, 0.7311, 0.2689], [0.0474, 0, 0.9526], [0.5, 0.5, 0]]), atol=1e-4, rtol=0)
+    P = probabilities(
+        torch.tensor([[5.0, 2.0, 1.0], [0.0, 4.0, 3.0], [1.0, 1.0, 6.0]]), torch.tensor([0, 1, 2])
+    )
+    assert_close(
+        P,
+        torch.tensor([[0, 0.7311, 0.2689], [0.0474, 0, 0.9526], [0.5, 0.5, 0]]),
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 def test_by_hand():
@@ -95,7 +114,9 @@ def test_pitfall_01_rows_without_a_negative():
 
 def check_draw_without_negative(sample):
     for ids in ([5], [5, 5, 5, 5]):
-        assert sample(torch.zeros(len(ids), len(ids)), torch.tensor(ids)).tolist() == [-1] * len(ids)
+        assert sample(torch.zeros(len(ids), len(ids)), torch.tensor(ids)).tolist() == [-1] * len(
+            ids
+        )
     picks = sample(torch.zeros(3, 3), torch.tensor([5, 5, 6])).tolist()
     assert picks[:2] == [2, 2] and picks[2] in (0, 1)
     cold = torch.tensor([[1.0, -0.5, -0.6]]).expand(3, 3) / 0.004
@@ -116,7 +137,9 @@ def test_pitfall_02_a_constant_inside_the_softmax_does_nothing():
 def check_duplicates(probabilities):
     generator = torch.Generator().manual_seed(0)
     ids = torch.tensor([3, 3, 5, 7, 7, 9])
-    logits = torch.randn(6, 6, generator=generator) + 9 * (ids[:, None] == ids)  # captions of one image are alike
+    logits = torch.randn(6, 6, generator=generator) + 9 * (
+        ids[:, None] == ids
+    )  # captions of one image are alike
     P = probabilities(logits, ids)
     assert_close(P.double(), loop_probabilities(logits, ids), atol=1e-6, rtol=1e-4)
     assert P[ids[:, None] == ids].sum() == 0
@@ -158,7 +181,12 @@ def check_precision(probabilities):
         with torch.autocast("cpu", torch.bfloat16):
             P = probabilities(logits.to(dtype), torch.tensor([0]), torch.tensor([0, 1, 2, 3, 4]))
         assert P.dtype == torch.float32
-        assert_close(P.double(), loop_probabilities(logits, torch.tensor([0]), torch.tensor([0, 1, 2, 3, 4])), atol=1e-7, rtol=1e-5)
+        assert_close(
+            P.double(),
+            loop_probabilities(logits, torch.tensor([0]), torch.tensor([0, 1, 2, 3, 4])),
+            atol=1e-7,
+            rtol=1e-5,
+        )
 
 
 def test_pitfall_19_float32():
@@ -166,7 +194,11 @@ def test_pitfall_19_float32():
     caught(check_precision, half_softmax)
 
 
-@given(ids=st.lists(st.integers(0, 4), min_size=1, max_size=7), key_ids=st.lists(st.integers(-1, 4), min_size=1, max_size=9), seed=st.integers(0, 99))
+@given(
+    ids=st.lists(st.integers(0, 4), min_size=1, max_size=7),
+    key_ids=st.lists(st.integers(-1, 4), min_size=1, max_size=9),
+    seed=st.integers(0, 99),
+)
 def test_probabilities_equal_the_loops(ids, key_ids, seed):
     logits = 5 * torch.randn(len(ids), len(key_ids), generator=torch.Generator().manual_seed(seed))
     ids, key_ids = torch.tensor(ids), torch.tensor(key_ids)
@@ -186,8 +218,13 @@ def test_no_gradient():
 def check_chi_square(sample):
     "20,000 draws at the expected frequencies; 16.3 is exceeded by chance once in a thousand (3 degrees of freedom)."
     z = torch.tensor([3.0, 1.0, 2.0, 0.0, -0.5]).expand(20_000, 5)
-    picks = sample(z, torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0), torch.arange(5))
-    seen, expected = picks.bincount(minlength=5).double(), 20_000 * torch.tensor([0, *z[0, 1:].double().softmax(0)], dtype=torch.float64)
+    picks = sample(
+        z, torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0), torch.arange(5)
+    )
+    seen, expected = (
+        picks.bincount(minlength=5).double(),
+        20_000 * torch.tensor([0, *z[0, 1:].double().softmax(0)], dtype=torch.float64),
+    )
     assert seen[0] == 0
     assert ((seen - expected)[1:] ** 2 / expected[1:]).sum() < 16.3
 
@@ -207,7 +244,12 @@ def test_pitfall_37_frequencies():
 
 
 def looped(logits, ids, generator=None):
-    return torch.tensor([torch.multinomial(row, 1, generator=generator).item() for row in negative_probabilities(logits, ids)])
+    return torch.tensor(
+        [
+            torch.multinomial(row, 1, generator=generator).item()
+            for row in negative_probabilities(logits, ids)
+        ]
+    )
 
 
 def test_pitfall_37_one_batched_call(monkeypatch):
@@ -225,18 +267,35 @@ def test_pitfall_37_one_batched_call(monkeypatch):
 
 def test_even_draws_are_even():
     logits = torch.tensor([50.0, 30.0, 0.0, -30.0, -50.0]).expand(20_000, 5)
-    picks = sample_negatives(logits, torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0), torch.arange(5), hard=False)
+    picks = sample_negatives(
+        logits,
+        torch.zeros(20_000, dtype=torch.long),
+        torch.Generator().manual_seed(0),
+        torch.arange(5),
+        hard=False,
+    )
     seen = picks.bincount(minlength=5).double()
     assert seen[0] == 0 and ((seen[1:] - 5000) ** 2 / 5000).sum() < 16.3
 
 
-@given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=6), key_ids=st.lists(st.integers(-1, 3), min_size=1, max_size=8),
-       count=st.integers(1, 5), hard=st.booleans(), seed=st.integers(0, 99), cold=st.booleans())
+@given(
+    ids=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    key_ids=st.lists(st.integers(-1, 3), min_size=1, max_size=8),
+    count=st.integers(1, 5),
+    hard=st.booleans(),
+    seed=st.integers(0, 99),
+    cold=st.booleans(),
+)
 def test_draws_are_valid_different_and_as_many_as_there_are(ids, key_ids, count, hard, seed, cold):
     generator = torch.Generator().manual_seed(seed)
     logits = (500 if cold else 1) * torch.randn(len(ids), len(key_ids), generator=generator)
-    picks = sample_negatives(logits, torch.tensor(ids), generator, torch.tensor(key_ids), count, hard)
-    assert picks.shape == ((len(ids),) if count == 1 else (len(ids), count)) and picks.dtype == torch.long
+    picks = sample_negatives(
+        logits, torch.tensor(ids), generator, torch.tensor(key_ids), count, hard
+    )
+    assert (
+        picks.shape == ((len(ids),) if count == 1 else (len(ids), count))
+        and picks.dtype == torch.long
+    )
     for own, row in zip(ids, picks.reshape(len(ids), count).tolist()):
         valid = [c for c, other in enumerate(key_ids) if other not in (own, -1)]
         drawn = [c for c in row if c >= 0]
@@ -245,21 +304,31 @@ def test_draws_are_valid_different_and_as_many_as_there_are(ids, key_ids, count,
 
 
 def test_the_same_generator_gives_the_same_draws():
-    draw = lambda seed: sample_negatives(torch.zeros(64, 64), torch.arange(64), torch.Generator().manual_seed(seed), count=3)
+    draw = lambda seed: sample_negatives(
+        torch.zeros(64, 64), torch.arange(64), torch.Generator().manual_seed(seed), count=3
+    )
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 def test_broken_logits_are_never_drawn():
     logits = torch.tensor([[0.0, torch.nan, torch.inf, -torch.inf, 1.0], [torch.nan] * 5])
-    picks = sample_negatives(logits, torch.tensor([0, 1]), torch.Generator().manual_seed(0), torch.arange(5), count=2)
+    picks = sample_negatives(
+        logits, torch.tensor([0, 1]), torch.Generator().manual_seed(0), torch.arange(5), count=2
+    )
     assert picks.tolist() == [[4, -1], [-1, -1]]
 
 
 def test_no_queries_and_no_keys():
     nothing = torch.zeros(0, dtype=torch.long)
     assert sample_negatives(torch.zeros(0, 0), nothing).shape == (0,)
-    assert sample_negatives(torch.zeros(2, 0), torch.tensor([1, 2]), key_ids=nothing).tolist() == [-1, -1]
-    assert sample_negatives(torch.zeros(0, 3), nothing, key_ids=torch.arange(3), count=2).shape == (0, 2)
+    assert sample_negatives(torch.zeros(2, 0), torch.tensor([1, 2]), key_ids=nothing).tolist() == [
+        -1,
+        -1,
+    ]
+    assert sample_negatives(torch.zeros(0, 3), nothing, key_ids=torch.arange(3), count=2).shape == (
+        0,
+        2,
+    )
 
 
 def test_wrong_shapes_are_refused():

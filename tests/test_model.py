@@ -41,12 +41,27 @@ class ToyTower(nn.Module):
 
 def make(kind=Alignment, dropout=0.0, **settings):
     "A tiny Alignment in training mode whose teacher differs from its student."
-    defaults = {"width": WIDTH, "dim": 3, "heads": 1, "fusion_depth": 1, "dropout": 0.0, "queue_size": 6, "queue_warmup_steps": 0,
-                "alpha_ramp_steps": 0, "alpha": 0.4, "temperature": 0.2, "momentum": 0.9, "batch_size": 4}
+    defaults = {
+        "width": WIDTH,
+        "dim": 3,
+        "heads": 1,
+        "fusion_depth": 1,
+        "dropout": 0.0,
+        "queue_size": 6,
+        "queue_warmup_steps": 0,
+        "alpha_ramp_steps": 0,
+        "alpha": 0.4,
+        "temperature": 0.2,
+        "momentum": 0.9,
+        "batch_size": 4,
+    }
     torch.manual_seed(0)
-    alignment = kind(SpeechImageModel(Config(**defaults | settings), ToyTower(dropout), ToyTower(dropout)), 4, 4)
+    alignment = kind(
+        SpeechImageModel(Config(**defaults | settings), ToyTower(dropout), ToyTower(dropout)), 4, 4
+    )
     with torch.no_grad():
-        for parameter in alignment.teacher.parameters(): parameter.add_(0.3 * torch.randn_like(parameter))
+        for parameter in alignment.teacher.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return alignment.train()
 
 
@@ -55,8 +70,13 @@ def batch_of(ids, seed=1, frames=5):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, frames + 1, (len(ids),), generator=generator)
     lengths[0] = frames
-    return Batch(torch.randn(len(ids), frames, 2, generator=generator), lengths, torch.randn(len(ids), 3, 2, generator=generator),
-                 torch.tensor(ids), [f"u{i}" for i in range(len(ids))])
+    return Batch(
+        torch.randn(len(ids), frames, 2, generator=generator),
+        lengths,
+        torch.randn(len(ids), 3, 2, generator=generator),
+        torch.tensor(ids),
+        [f"u{i}" for i in range(len(ids))],
+    )
 
 
 def fill(alignment, ids=(7, 1, 8), seed=5):
@@ -83,6 +103,7 @@ def same(one, other):
 
 # ---- the oracle: the formulas of the method, in plain loops and float64
 
+
 def cross_entropy(logits, target):
     total = math.log(sum(math.exp(z) for z in logits))
     return -sum(q * (z - total) for q, z in zip(target, logits))
@@ -92,51 +113,93 @@ def oracle(alignment, batch, step):
     "(contrastive loss, matching loss) by loops, with `hardest` as the sampler of negatives."
     config, model = alignment.config, alignment.model
     with torch.no_grad():
-        (speech, image), (slow_speech, slow_image) = encode(model, batch), encode(alignment.teacher, batch)
+        (speech, image), (slow_speech, slow_image) = (
+            encode(model, batch),
+            encode(alignment.teacher, batch),
+        )
     tau = min(max(model.temperature.item(), config.temperature_min), config.temperature_max)
     rows = range(len(batch.ids))
     dot = lambda a, b: sum(x * y for x, y in zip(a.double().tolist(), b.double().tolist())) / tau
     unit = lambda vector: vector.double() / vector.double().square().sum().sqrt()
-    project = lambda side, head: [unit(head.weight.double() @ tokens[0].double() + head.bias.double()) for tokens in side.tokens]
-    s, i = project(speech, model.encoders.speech_projection), project(image, model.encoders.image_projection)
-    s_key, i_key = project(slow_speech, alignment.teacher.speech_projection), project(slow_image, alignment.teacher.image_projection)
-    old = [slot for slot in range(alignment.queue.size) if alignment.queue.ids[slot] >= 0 and step >= config.queue_warmup_steps]
-    s_keys, i_keys = s_key + [alignment.queue.speech[slot] for slot in old], i_key + [alignment.queue.image[slot] for slot in old]
+    project = lambda side, head: [
+        unit(head.weight.double() @ tokens[0].double() + head.bias.double())
+        for tokens in side.tokens
+    ]
+    s, i = (
+        project(speech, model.encoders.speech_projection),
+        project(image, model.encoders.image_projection),
+    )
+    s_key, i_key = (
+        project(slow_speech, alignment.teacher.speech_projection),
+        project(slow_image, alignment.teacher.image_projection),
+    )
+    old = [
+        slot
+        for slot in range(alignment.queue.size)
+        if alignment.queue.ids[slot] >= 0 and step >= config.queue_warmup_steps
+    ]
+    s_keys, i_keys = (
+        s_key + [alignment.queue.speech[slot] for slot in old],
+        i_key + [alignment.queue.image[slot] for slot in old],
+    )
     ids = batch.ids.tolist()
     key_ids = ids + [int(alignment.queue.ids[slot]) for slot in old]
-    alpha = config.alpha * (min(1, step / config.alpha_ramp_steps) if config.alpha_ramp_steps else 1)
+    alpha = config.alpha * (
+        min(1, step / config.alpha_ramp_steps) if config.alpha_ramp_steps else 1
+    )
     losses, logits = [], []
     for queries, slow, keys in ((s, s_key, i_keys), (i, i_key, s_keys)):
         logits.append([[dot(queries[b], key) for key in keys] for b in rows])
         for b in rows:
             hits = [float(other == ids[b]) for other in key_ids]
             teacher = [math.exp(dot(slow[b], key)) for key in keys]
-            target = [alpha * t / sum(teacher) + (1 - alpha) * hit / sum(hits) for t, hit in zip(teacher, hits)]
+            target = [
+                alpha * t / sum(teacher) + (1 - alpha) * hit / sum(hits)
+                for t, hit in zip(teacher, hits)
+            ]
             losses.append(cross_entropy(logits[-1][b], target) / (2 * len(ids)))
     judged = []
     for b in rows:
-        judge = lambda spoken, seen: model.match(speech.tokens[spoken, None], speech.mask[spoken, None], image.tokens[seen, None])[0].tolist()
+        judge = lambda spoken, seen: model.match(
+            speech.tokens[spoken, None], speech.mask[spoken, None], image.tokens[seen, None]
+        )[0].tolist()
         wrong = [c for c in rows if ids[c] != ids[b]]
         judged.append((judge(b, b), 1))
         if wrong:
             judged.append((judge(b, max(wrong, key=lambda c: logits[0][b][c])), 0))
             judged.append((judge(max(wrong, key=lambda c: logits[1][b][c]), b), 0))
-    return sum(losses), sum(cross_entropy(z, [1 - label, label]) for z, label in judged) / len(judged)
+    return sum(losses), sum(cross_entropy(z, [1 - label, label]) for z, label in judged) / len(
+        judged
+    )
 
 
 def check_step(kind=Alignment):
     "A step equals the loops, with ids that repeat in the batch and in the queue."
-    for ids, step, settings in (([1, 2, 1, 3], 3, {}), ([1, 2, 3, 4], 0, {"alpha_ramp_steps": 4}), ([5], 1, {}), ([5, 5, 5], 1, {}),
-                                ([1, 2, 1, 3], 0, {"queue_warmup_steps": 1}), ([1, 2, 3], 2, {"alpha": 0.0})):
+    for ids, step, settings in (
+        ([1, 2, 1, 3], 3, {}),
+        ([1, 2, 3, 4], 0, {"alpha_ramp_steps": 4}),
+        ([5], 1, {}),
+        ([5, 5, 5], 1, {}),
+        ([1, 2, 1, 3], 0, {"queue_warmup_steps": 1}),
+        ([1, 2, 3], 2, {"alpha": 0.0}),
+    ):
         alignment, batch = make(kind, **settings), batch_of(ids)
         fill(alignment)
         sic, sim = oracle(alignment, batch, step)
         output = alignment(batch, step)
-        assert output.speech_to_image.dtype == output.image_to_speech.dtype == output.loss.dtype == torch.float32
+        assert (
+            output.speech_to_image.dtype
+            == output.image_to_speech.dtype
+            == output.loss.dtype
+            == torch.float32
+        )
         torch.testing.assert_close(output.sic.item(), sic, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(output.sim.item(), sim, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(output.loss.item(), sic + sim, rtol=2e-5, atol=2e-5)
-        assert output.speech_to_image.shape == (len(ids), len(ids) + (3 if step >= alignment.config.queue_warmup_steps else 0))
+        assert output.speech_to_image.shape == (
+            len(ids),
+            len(ids) + (3 if step >= alignment.config.queue_warmup_steps else 0),
+        )
 
 
 def test_step_equals_loops(monkeypatch):
@@ -146,14 +209,17 @@ def test_step_equals_loops(monkeypatch):
 
 class EnqueueFirst(Alignment):
     "Pitfall 6."
+
     def forward(self, batch, step, generator=None):
-        with torch.no_grad(): speech, image = encode(self.teacher, batch)
+        with torch.no_grad():
+            speech, image = encode(self.teacher, batch)
         self.queue.enqueue(speech.embedding, image.embedding, batch.ids)
         return super().forward(batch, step, generator)
 
 
 class EmptySlotsCount(Alignment):
     "Pitfall 8: the zeros of empty slots as keys."
+
     def forward(self, *arguments):
         self.queue.filled = lambda: (self.queue.speech, self.queue.image, self.queue.ids)
         return super().forward(*arguments)
@@ -161,6 +227,7 @@ class EmptySlotsCount(Alignment):
 
 class NoWarmUp(Alignment):
     "The queue counts from the first step."
+
     def forward(self, batch, step, generator=None):
         self.config = replace(self.config, queue_warmup_steps=0)
         return super().forward(batch, step, generator)
@@ -171,12 +238,16 @@ def patched(name, wrong):
     room = model_room if hasattr(model_room, name) else towers_room
     right = getattr(room, name)
     setattr(room, name, lambda *arguments, **options: wrong(right, *arguments, **options))
-    try: yield
-    finally: setattr(room, name, right)
+    try:
+        yield
+    finally:
+        setattr(room, name, right)
 
 
 def online_keys(right, encoders, batch):
-    online_keys.student = encoders if isinstance(encoders, SpeechImageModel) else online_keys.student
+    online_keys.student = (
+        encoders if isinstance(encoders, SpeechImageModel) else online_keys.student
+    )
     return right(online_keys.student, batch)
 
 
@@ -215,32 +286,53 @@ def own_negatives(right, logits, ids, *options):
 
 def masks_of_anchors(right, parts):
     parts = list(parts)
-    return right([(parts[0][0], rows) for _, rows in parts] if parts[0][0].dtype == torch.bool else parts)
+    return right(
+        [(parts[0][0], rows) for _, rows in parts] if parts[0][0].dtype == torch.bool else parts
+    )
 
 
 @pytest.mark.parametrize("kind", [EnqueueFirst, EmptySlotsCount, NoWarmUp])
 def test_check_step_finds_wrong_order(kind, monkeypatch):
     monkeypatch.setattr(model_room, "sample_negatives", hardest)
-    with pytest.raises(AssertionError): check_step(kind)
+    with pytest.raises(AssertionError):
+        check_step(kind)
 
 
-@pytest.mark.parametrize("name, wrong", [
-    ("encode", online_keys), ("sic_loss", swapped), ("sic_loss", summed), ("id_targets", multi_hot), ("id_targets", ids_ignored),
-    ("project", not_normalised), ("soft_targets", teacher_as_student), ("sample_negatives", own_negatives)],
-    ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("encode", online_keys),
+        ("sic_loss", swapped),
+        ("sic_loss", summed),
+        ("id_targets", multi_hot),
+        ("id_targets", ids_ignored),
+        ("project", not_normalised),
+        ("soft_targets", teacher_as_student),
+        ("sample_negatives", own_negatives),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_check_step_finds_wrong_formulas(name, wrong, monkeypatch):
     "Pitfalls 5 and 34."
     monkeypatch.setattr(model_room, "sample_negatives", hardest)
-    with patched(name, wrong), pytest.raises(AssertionError): check_step()
+    with patched(name, wrong), pytest.raises(AssertionError):
+        check_step()
 
 
 def test_order_moves_the_loss():
     "Pitfall 6 in numbers: the loss of the naive order is another one, though no weight differs."
     right, wrong = make(sim_weight=0.0), make(EnqueueFirst, sim_weight=0.0)
-    assert abs(right(batch_of([1, 2, 3, 4]), 1).loss.item() - wrong(batch_of([1, 2, 3, 4]), 1).loss.item()) > 0.1
+    assert (
+        abs(
+            right(batch_of([1, 2, 3, 4]), 1).loss.item()
+            - wrong(batch_of([1, 2, 3, 4]), 1).loss.item()
+        )
+        > 0.1
+    )
 
 
 # ---- what moves, and when
+
 
 def check_updates(kind=Alignment):
     "forward moves nothing, in training or not; update moves teacher and queue once; four micro-batches count as one step."
@@ -250,12 +342,17 @@ def check_updates(kind=Alignment):
     alignment.eval()(batch_of([1, 2]), 5)
     assert same(before, state(alignment)), "forward changed something"
     alignment.train().update(*outputs)
-    slow, fast = dict(alignment.teacher.named_parameters()), dict(alignment.model.encoders.named_parameters())
+    slow, fast = (
+        dict(alignment.teacher.named_parameters()),
+        dict(alignment.model.encoders.named_parameters()),
+    )
     for name, parameter in slow.items():
         torch.testing.assert_close(parameter, 0.9 * before[f"teacher.{name}"] + 0.1 * fast[name])
     assert alignment.queue.pointer == 8 % 6 and (alignment.queue.ids >= 0).sum() == 6
-    with pytest.raises(RuntimeError): alignment.update(outputs[0])
-    with pytest.raises(RuntimeError): alignment.eval().update(alignment(batch_of([3]), 5))
+    with pytest.raises(RuntimeError):
+        alignment.update(outputs[0])
+    with pytest.raises(RuntimeError):
+        alignment.eval().update(alignment(batch_of([3]), 5))
 
 
 class UpdateInForward(Alignment):
@@ -267,7 +364,8 @@ class UpdateInForward(Alignment):
 
 class UpdatePerMicroBatch(Alignment):
     def update(self, *outputs):
-        for output in outputs: super().update(output)
+        for output in outputs:
+            super().update(output)
 
 
 class UpdateTwice(Alignment):
@@ -291,36 +389,51 @@ def test_updates():
 @pytest.mark.parametrize("kind", [UpdateInForward, UpdatePerMicroBatch, UpdateTwice, UpdateInEval])
 def test_check_updates_finds(kind):
     "Pitfall 13."
-    with pytest.raises((AssertionError, pytest.fail.Exception)): check_updates(kind)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_updates(kind)
 
 
 def test_order_of_updates_equals_the_papers_recipe():
     "EMA and enqueue after the optimiser step give what EMA before and enqueue after the teacher's forward pass give."
     ours, theirs = make(sim_weight=0.0), make(sim_weight=0.0)
-    for alignment in (ours, theirs): alignment.teacher = make_teacher(alignment.model.encoders)
+    for alignment in (ours, theirs):
+        alignment.teacher = make_teacher(alignment.model.encoders)
     ways = [torch.optim.SGD(one.model.parameters(), 0.1) for one in (ours, theirs)]
     for step in range(5):
         batch = batch_of([step, step + 1, step + 2], seed=step)
         output = ours(batch, step)
-        update_momentum(theirs.teacher, theirs.model.encoders, 0.9)      # before the teacher reads the batch
+        update_momentum(
+            theirs.teacher, theirs.model.encoders, 0.9
+        )  # before the teacher reads the batch
         expected = theirs(batch, step)
         assert output.loss.item() == expected.loss.item()
         for optimizer, one in zip(ways, (output, expected)):
-            optimizer.zero_grad(); one.loss.backward()
-        theirs.queue.enqueue(*expected.keys)                             # before the optimiser step
-        for optimizer in ways: optimizer.step()
+            optimizer.zero_grad()
+            one.loss.backward()
+        theirs.queue.enqueue(*expected.keys)  # before the optimiser step
+        for optimizer in ways:
+            optimizer.step()
         ours.update(output)
-    assert same({k: v for k, v in state(ours).items() if "queue" in k}, {k: v for k, v in state(theirs).items() if "queue" in k})
+    assert same(
+        {k: v for k, v in state(ours).items() if "queue" in k},
+        {k: v for k, v in state(theirs).items() if "queue" in k},
+    )
 
 
 def check_temperature(kind=Alignment):
     alignment = make(kind)
     for start, end in ((0.9, 0.5), (-0.3, 0.001), (0.1, 0.1)):
-        with torch.no_grad(): alignment.model.temperature.fill_(start)
+        with torch.no_grad():
+            alignment.model.temperature.fill_(start)
         output = alignment(batch_of([1, 2, 3]), 1)
         assert math.isclose(alignment.model.temperature.item(), end, rel_tol=1e-6)
         s, i = (side.embedding for side in encode(alignment.model, batch_of([1, 2, 3])))
-        torch.testing.assert_close(output.speech_to_image[0, 0].item() * end, (s[0] @ output.keys.image[0]).item(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            output.speech_to_image[0, 0].item() * end,
+            (s[0] @ output.keys.image[0]).item(),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_temperature_is_clamped():
@@ -329,9 +442,17 @@ def test_temperature_is_clamped():
 
 def test_check_temperature_finds():
     "Pitfall 18: no clamp; multiplied instead of divided."
-    with patched("clamp_temperature", lambda right, *arguments: None), pytest.raises((AssertionError, ValueError)): check_temperature()
-    def sic_times(right, *arguments): return right(*arguments[:-1], 1 / arguments[-1])
-    with patched("sic_loss", sic_times), pytest.raises(AssertionError): check_temperature()
+    with (
+        patched("clamp_temperature", lambda right, *arguments: None),
+        pytest.raises((AssertionError, ValueError)),
+    ):
+        check_temperature()
+
+    def sic_times(right, *arguments):
+        return right(*arguments[:-1], 1 / arguments[-1])
+
+    with patched("sic_loss", sic_times), pytest.raises(AssertionError):
+        check_temperature()
 
 
 def check_teacher_precision(prepare=lambda alignment: alignment):
@@ -340,9 +461,12 @@ def check_teacher_precision(prepare=lambda alignment: alignment):
     for parameter in alignment.teacher.parameters():
         assert parameter.dtype == torch.float32
     with torch.no_grad():
-        for parameter in alignment.teacher.parameters(): parameter.fill_(1.0)
-        for parameter in alignment.model.encoders.parameters(): parameter.fill_(1.05)
-    for step in range(50): alignment.update(alignment(batch_of([1, 2], step), step))
+        for parameter in alignment.teacher.parameters():
+            parameter.fill_(1.0)
+        for parameter in alignment.model.encoders.parameters():
+            parameter.fill_(1.05)
+    for step in range(50):
+        alignment.update(alignment(batch_of([1, 2], step), step))
     for parameter in alignment.teacher.parameters():
         torch.testing.assert_close(parameter, torch.full_like(parameter, 1.05 - 0.05 * 0.995**50))
 
@@ -356,21 +480,27 @@ def test_check_teacher_precision_finds(dtype):
     def lower(alignment):
         alignment.teacher.to(dtype)
         return alignment
-    with pytest.raises(AssertionError): check_teacher_precision(lower)
+
+    with pytest.raises(AssertionError):
+        check_teacher_precision(lower)
 
 
 def check_quiet_teacher(kind=Alignment):
     "Pitfall 17: the teacher does not drop out while the student does."
     alignment, batch = make(kind, dropout=0.5), batch_of([1, 2, 3])
     one, other = alignment(batch, 1), alignment(batch, 1)
-    assert torch.equal(one.keys.speech, other.keys.speech) and not torch.equal(one.speech_to_image, other.speech_to_image)
+    assert torch.equal(one.keys.speech, other.keys.speech) and not torch.equal(
+        one.speech_to_image, other.speech_to_image
+    )
 
 
 def test_quiet_teacher():
     class Noisy(Alignment):
         train = nn.Module.train
+
     check_quiet_teacher()
-    with pytest.raises(AssertionError): check_quiet_teacher(Noisy)
+    with pytest.raises(AssertionError):
+        check_quiet_teacher(Noisy)
 
 
 def test_gradient_goes_to_the_student_alone():
@@ -384,10 +514,12 @@ def test_gradient_goes_to_the_student_alone():
 
 # ---- padding, precision, matching
 
+
 def test_garbage_behind_the_valid_length_changes_nothing():
     batch = batch_of([1, 2, 3, 4])
     dirty, longer = batch.speech.clone(), torch.full((4, 9, 2), torch.nan)
-    for row, length in enumerate(batch.speech_lengths): dirty[row, length:] = 1e6
+    for row, length in enumerate(batch.speech_lengths):
+        dirty[row, length:] = 1e6
     longer[:, :5] = dirty
     expected = make()(batch, 1, torch.Generator().manual_seed(0))
     for speech in (dirty, longer.nan_to_num(7e7)):
@@ -407,8 +539,17 @@ def test_negatives_bring_their_own_mask(monkeypatch):
 
 def test_bfloat16_is_close_and_losses_stay_float32():
     batch = batch_of(list(range(8)))
-    full, half = (make(precision=precision)(batch, 1, torch.Generator().manual_seed(0)) for precision in ("float32", "bfloat16"))
-    assert half.loss.dtype == half.speech_to_image.dtype == half.sim_logits.dtype == half.keys.speech.dtype == torch.float32
+    full, half = (
+        make(precision=precision)(batch, 1, torch.Generator().manual_seed(0))
+        for precision in ("float32", "bfloat16")
+    )
+    assert (
+        half.loss.dtype
+        == half.speech_to_image.dtype
+        == half.sim_logits.dtype
+        == half.keys.speech.dtype
+        == torch.float32
+    )
     torch.testing.assert_close(half.sic, full.sic, rtol=2e-2, atol=2e-2)
     half.loss.backward()
 
@@ -420,7 +561,17 @@ def test_matching_starts_when_told():
     assert late.sim > 0 and late.sim_logits.shape == (9, 2)
 
 
-@pytest.mark.parametrize("ids, count, rows", [([1, 2, 3, 4], 1, 12), ([1, 2, 3, 4], 2, 20), ([1, 2, 3, 4], 9, 28), ([5, 5, 5], 1, 3), ([5], 2, 1), ([1, 1, 2], 2, 11)])
+@pytest.mark.parametrize(
+    "ids, count, rows",
+    [
+        ([1, 2, 3, 4], 1, 12),
+        ([1, 2, 3, 4], 2, 20),
+        ([1, 2, 3, 4], 9, 28),
+        ([5, 5, 5], 1, 3),
+        ([5], 2, 1),
+        ([1, 1, 2], 2, 11),
+    ],
+)
 def test_rows_of_the_fused_call(ids, count, rows):
     "B right pairs and, per direction, as many wrong ones as there are: never the same image, never twice the same."
     output = make(negatives_per_anchor=count)(batch_of(ids), 1, torch.Generator().manual_seed(0))
@@ -441,12 +592,18 @@ def test_negatives_from_the_queue():
     "Teacher tokens in half precision, once there are some and the warm-up is over; else the batch. All of it differentiable."
     alignment = make(negatives="queue", token_slots=3, queue_warmup_steps=2)
     drawn = []
+
     def spy(right, logits, ids, generator, key_ids, *options):
         drawn.append(key_ids.tolist())
         return right(logits, ids, generator, key_ids, *options)
+
     with patched("sample_negatives", spy):
-        for step, (ids, pairs) in enumerate((([1, 2, 3, 4], 12), ([5, 6, 7, 8], 12), ([6, 9, 10, 11], 16))):  # from the queue: 2 x 4 right, 2 x 4 wrong
-            output = alignment(batch_of(ids, seed=step, frames=3 + step), step, torch.Generator().manual_seed(0))
+        for step, (ids, pairs) in enumerate(
+            (([1, 2, 3, 4], 12), ([5, 6, 7, 8], 12), ([6, 9, 10, 11], 16))
+        ):  # from the queue: 2 x 4 right, 2 x 4 wrong
+            output = alignment(
+                batch_of(ids, seed=step, frames=3 + step), step, torch.Generator().manual_seed(0)
+            )
             assert output.sim_logits.shape == (pairs, 2) and output.loss.isfinite()
             output.loss.backward()
             alignment.update(output)
@@ -458,17 +615,25 @@ def test_whose_tokens_they_are_does_not_give_the_answer_away():
     "With negatives from the queue each pair, right or wrong, has one side of the student's and one of the teacher's, equally often either way round."
     alignment, seen = make(negatives="queue", token_slots=4, queue_size=6), []
     alignment.update(alignment(batch_of([1, 2, 3, 4], seed=1), 0))
-    for parameter in alignment.teacher.parameters(): parameter.add_(0.5)                          # so that one can tell whose tokens they are
+    for parameter in alignment.teacher.parameters():
+        parameter.add_(0.5)  # so that one can tell whose tokens they are
     match = alignment.model.match
-    alignment.model.match = lambda speech, mask, image, pairs: seen.append((speech[pairs[0]], image[pairs[1]])) or match(speech, mask, image, pairs)
+    alignment.model.match = lambda speech, mask, image, pairs: (
+        seen.append((speech[pairs[0]], image[pairs[1]])) or match(speech, mask, image, pairs)
+    )
     batch = batch_of([6, 7, 8], seed=2)
     output = alignment(batch, 1, torch.Generator().manual_seed(0))
-    with torch.no_grad(): student = encode(alignment.model, batch)
+    with torch.no_grad():
+        student = encode(alignment.model, batch)
     spoken, shown = seen[0]
-    is_of = lambda tokens, one: torch.tensor([any(torch.equal(row[: len(other)], other) for other in one) for row in tokens])
+    is_of = lambda tokens, one: torch.tensor(
+        [any(torch.equal(row[: len(other)], other) for other in one) for row in tokens]
+    )
     online = is_of(spoken, student[0].tokens), is_of(shown, student[1].tokens)
     assert (online[0] != online[1]).all() and output.sim_logits.shape == (12, 2)
-    assert online[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3              # right, right, wrong picture, wrong recording
+    assert (
+        online[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
+    )  # right, right, wrong picture, wrong recording
     confident = torch.tensor([[0.0, 1.0]] * 6 + [[1.0, 0.0]] * 6)
     alignment.model.match = lambda *_: confident
     judged = alignment(batch, 1, torch.Generator().manual_seed(0))
@@ -478,8 +643,18 @@ def test_whose_tokens_they_are_does_not_give_the_answer_away():
 def test_gather_pads_and_converts():
     short, long = torch.ones(2, 2, 3), torch.ones(1, 4, 3, dtype=torch.float16)
     rows = gather([(short, torch.tensor([1])), (long, torch.tensor([0, 0]))])
-    assert rows.shape == (3, 4, 3) and rows.dtype == torch.float32 and rows[0, 2:].eq(0).all() and rows[1:].eq(1).all()
-    mask = gather([(torch.ones(2, 2, dtype=torch.bool), torch.tensor([0])), (torch.ones(1, 4, dtype=torch.bool), torch.tensor([0]))])
+    assert (
+        rows.shape == (3, 4, 3)
+        and rows.dtype == torch.float32
+        and rows[0, 2:].eq(0).all()
+        and rows[1:].eq(1).all()
+    )
+    mask = gather(
+        [
+            (torch.ones(2, 2, dtype=torch.bool), torch.tensor([0])),
+            (torch.ones(1, 4, dtype=torch.bool), torch.tensor([0])),
+        ]
+    )
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
 
 
@@ -488,21 +663,29 @@ def test_student_keys_at_first():
     alignment = make(student_steps=2, alpha_ramp_steps=4, sim_weight=0.0)
     batch = batch_of([1, 2, 3])
     early, late = alignment(batch, 1), alignment(batch, 2)
-    with torch.no_grad(): speech, image = encode(alignment.model, batch)
+    with torch.no_grad():
+        speech, image = encode(alignment.model, batch)
     torch.testing.assert_close(early.speech_to_image, speech.embedding @ image.embedding.T / 0.2)
     assert early.alpha == late.alpha == 0 and alignment(batch, 4).alpha == 0.2
-    assert not early.keys.speech.requires_grad and not torch.equal(early.keys.speech, late.keys.speech)
-    gradients = [torch.autograd.grad(output.loss, alignment.model.encoders.image_projection.weight)[0] for output in (early, late)]
+    assert not early.keys.speech.requires_grad and not torch.equal(
+        early.keys.speech, late.keys.speech
+    )
+    gradients = [
+        torch.autograd.grad(output.loss, alignment.model.encoders.image_projection.weight)[0]
+        for output in (early, late)
+    ]
     assert not torch.allclose(*gradients)
 
 
 # ---- ids, empty queue, stages
 
+
 def test_empty_queue_and_bad_ids():
     "Pitfall 8: an empty queue adds no key; ids are never negative."
     output = make()(batch_of([3, 4]), 9)
     assert output.speech_to_image.shape == (2, 2)
-    with pytest.raises(ValueError): make()(batch_of([-1, 4]), 9)
+    with pytest.raises(ValueError):
+        make()(batch_of([-1, 4]), 9)
 
 
 def test_a_new_stage_starts_with_an_empty_queue(tmp_path):
@@ -510,13 +693,21 @@ def test_a_new_stage_starts_with_an_empty_queue(tmp_path):
     first = make()
     first.update(first(batch_of([1, 2, 3]), 1))
     first.model.save_pretrained(tmp_path)
-    assert not any("queue" in name or "teacher" in name for name in safetensors.torch.load_file(tmp_path / "model.safetensors"))
-    second = Alignment(SpeechImageModel.from_pretrained(tmp_path, speech_tower=ToyTower(), image_tower=ToyTower()))
+    assert not any(
+        "queue" in name or "teacher" in name
+        for name in safetensors.torch.load_file(tmp_path / "model.safetensors")
+    )
+    second = Alignment(
+        SpeechImageModel.from_pretrained(tmp_path, speech_tower=ToyTower(), image_tower=ToyTower())
+    )
     assert (second.queue.ids == -1).all() and second.queue.pointer == 0
-    assert same(dict(second.teacher.named_parameters()), dict(first.model.encoders.named_parameters()))
+    assert same(
+        dict(second.teacher.named_parameters()), dict(first.model.encoders.named_parameters())
+    )
 
 
 # ---- files
+
 
 def load(folder):
     return SpeechImageModel.from_pretrained(folder, speech_tower=ToyTower(), image_tower=ToyTower())
@@ -526,8 +717,16 @@ def test_saved_and_loaded(tmp_path):
     model = make().model
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert same(model.state_dict(), again.state_dict()) and again.config == model.config and not again.training
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert (
+        same(model.state_dict(), again.state_dict())
+        and again.config == model.config
+        and not again.training
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_damaged_files_are_input_errors(tmp_path):
@@ -535,18 +734,26 @@ def test_damaged_files_are_input_errors(tmp_path):
     model.save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     tensors = safetensors.torch.load(whole)
-    broken = {"truncated": whole[:-9], "empty": b"", "surplus": safetensors.torch.save(tensors | {"more": torch.zeros(1)}),
-              "missing": safetensors.torch.save({k: v for k, v in tensors.items() if k != "temperature"}),
-              "shape": safetensors.torch.save(tensors | {"temperature": torch.zeros(2)})}
+    broken = {
+        "truncated": whole[:-9],
+        "empty": b"",
+        "surplus": safetensors.torch.save(tensors | {"more": torch.zeros(1)}),
+        "missing": safetensors.torch.save({k: v for k, v in tensors.items() if k != "temperature"}),
+        "shape": safetensors.torch.save(tensors | {"temperature": torch.zeros(2)}),
+    }
     for data in broken.values():
         (tmp_path / "model.safetensors").write_bytes(data)
-        with pytest.raises(InputError) as error: load(tmp_path)
+        with pytest.raises(InputError) as error:
+            load(tmp_path)
         assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError): load(tmp_path)
-    with pytest.raises(InputError): SpeechImageModel._load_as_pickle(model, "x.bin", "cpu", True)
+    with pytest.raises(InputError):
+        load(tmp_path)
+    with pytest.raises(InputError):
+        SpeechImageModel._load_as_pickle(model, "x.bin", "cpu", True)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError): load(tmp_path)
+    with pytest.raises(InputError):
+        load(tmp_path)
 
 
 def test_size_of_the_reference_shape(tmp_path):
@@ -557,10 +764,29 @@ def test_size_of_the_reference_shape(tmp_path):
 
 def test_every_size_of_tower_takes_a_step():
     "light and small, from features of their own shapes, deep copied for the teacher."
-    for towers, speech, image in (("light", (3, 20, 96), (3, 36, 320)), ("small", (3, 60, 64), (3, 3, 96, 96))):
-        config = Config(towers=towers, width=16, dim=8, speech_depth=1, image_depth=1, fusion_depth=1, heads=2, queue_size=4, queue_warmup_steps=0)
+    for towers, speech, image in (
+        ("light", (3, 20, 96), (3, 36, 320)),
+        ("small", (3, 60, 64), (3, 3, 96, 96)),
+    ):
+        config = Config(
+            towers=towers,
+            width=16,
+            dim=8,
+            speech_depth=1,
+            image_depth=1,
+            fusion_depth=1,
+            heads=2,
+            queue_size=4,
+            queue_warmup_steps=0,
+        )
         alignment = Alignment(SpeechImageModel(config)).train()
-        batch = Batch(torch.randn(speech), torch.tensor([speech[1], 12, 9]), torch.rand(image), torch.tensor([1, 2, 3]), list("abc"))
+        batch = Batch(
+            torch.randn(speech),
+            torch.tensor([speech[1], 12, 9]),
+            torch.rand(image),
+            torch.tensor([1, 2, 3]),
+            list("abc"),
+        )
         output = alignment(batch, 0, torch.Generator().manual_seed(0))
         output.loss.backward()
         alignment.update(output)

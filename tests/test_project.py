@@ -12,7 +12,18 @@ from PIL import Image
 
 from speechimg.core import InputError
 from speechimg.corpora import load_corpus
-from speechimg.project import COLUMNS, as_markdown, build_folder, caption_rows, hits, luck, paired_interval, report, save_recording, split_pictures
+from speechimg.project import (
+    COLUMNS,
+    as_markdown,
+    build_folder,
+    caption_rows,
+    hits,
+    luck,
+    paired_interval,
+    report,
+    save_recording,
+    split_pictures,
+)
 
 
 def seeded(seed=0):
@@ -28,32 +39,51 @@ def test_each_picture_is_in_one_split(n, parts, seed):
     except ValueError:
         assert n < 2 * len(parts) + sum(parts)  # only where somebody would be left without
         return
-    assert list(found) == list(shares) and sorted(place for places in found.values() for place in places) == list(range(n))
-    assert all(places for places in found.values()) and found == split_pictures(n, shares, seeded(seed))
+    assert list(found) == list(shares) and sorted(
+        place for places in found.values() for place in places
+    ) == list(range(n))
+    assert all(places for places in found.values()) and found == split_pictures(
+        n, shares, seeded(seed)
+    )
 
 
 def test_recall_is_the_mean_of_the_hits():
     scores, own = torch.tensor([[3.0, 1, 2], [1, 1, 0], [0, 5, 5]]), torch.tensor([0, 1, 0])
-    assert hits(scores, own).tolist() == [1.0, 0.5, 0.0] and hits(scores, own, 2).tolist() == [1.0, 1.0, 0.0]
+    assert hits(scores, own).tolist() == [1.0, 0.5, 0.0] and hits(scores, own, 2).tolist() == [
+        1.0,
+        1.0,
+        0.0,
+    ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.floats(0.05, 0.95), st.integers(0, 12))
 def test_luck_is_a_probability_that_falls(queries, chance, right):
     assert 0 <= luck(right + 1, queries, chance) <= luck(right, queries, chance) <= 1
-    assert luck(0, queries, chance) == pytest.approx(1) and luck(queries, queries, chance) == pytest.approx(chance**queries)
+    assert luck(0, queries, chance) == pytest.approx(1) and luck(
+        queries, queries, chance
+    ) == pytest.approx(chance**queries)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 30), st.integers(0, 99))
 def test_an_interval_holds_its_difference_and_is_nothing_without_a_change(n, seed):
     generator = seeded(seed)
-    before, after, pictures = (torch.rand(n, generator=generator) < 0.5).float(), (torch.rand(n, generator=generator) < 0.5).float(), torch.arange(n) // 2
+    before, after, pictures = (
+        (torch.rand(n, generator=generator) < 0.5).float(),
+        (torch.rand(n, generator=generator) < 0.5).float(),
+        torch.arange(n) // 2,
+    )
     found = paired_interval(before, after, pictures, generator)
-    assert -100 <= found.low <= found.difference + 1e-6 and found.difference - 1e-6 <= found.high <= 100
+    assert (
+        -100 <= found.low <= found.difference + 1e-6
+        and found.difference - 1e-6 <= found.high <= 100
+    )
     assert paired_interval(after, after, pictures, generator) == (0, 0, 0)
     other = report(before, after, pictures, n, generator)
-    assert other["before"] == pytest.approx(100 * before.mean().item(), abs=1e-4) and other["verdict"] in as_markdown(other)
+    assert other["before"] == pytest.approx(100 * before.mean().item(), abs=1e-4) and other[
+        "verdict"
+    ] in as_markdown(other)
 
 
 @pytest.fixture
@@ -62,11 +92,21 @@ def folder(tmp_path):
     rows = []
     for place in range(4):
         (tmp_path / "images").mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32), (60 * place, 90, 120)).save(tmp_path / f"images/thing{place}.png")
+        Image.new("RGB", (32, 32), (60 * place, 90, 120)).save(
+            tmp_path / f"images/thing{place}.png"
+        )
         for take in range(2):
             wave = 0.3 * np.sin(np.arange(8000) * (0.05 + 0.01 * place))
             save_recording(wave, tmp_path / f"wavs/thing{place}-{take}.wav")
-            rows.append({"image": f"images/thing{place}.png", "wav": f"wavs/thing{place}-{take}.wav", "text": f"thing {place}", "speaker": "anna", "consent": "2026-01-31"})
+            rows.append(
+                {
+                    "image": f"images/thing{place}.png",
+                    "wav": f"wavs/thing{place}-{take}.wav",
+                    "text": f"thing {place}",
+                    "speaker": "anna",
+                    "consent": "2026-01-31",
+                }
+            )
     write(tmp_path, rows)
     return tmp_path, rows
 
@@ -82,8 +122,17 @@ def test_a_folder_of_ones_own_is_a_corpus_like_any_other(folder):
     place, rows = folder
     found = build_folder(place, {"train": 0.5, "test": 0.5}, seeded())
     corpora = {split: load_corpus(place, split) for split in ("train", "test")}
-    assert {split: len(corpus.captions) for split, corpus in corpora.items()} == {"train": 4, "test": 4} == {split: sum(len(entry["captions"]) for entry in entries) for split, entries in found.items()}
-    pictures = {split: {picture.path for picture in corpus.pictures} for split, corpus in corpora.items()}
+    assert (
+        {split: len(corpus.captions) for split, corpus in corpora.items()}
+        == {"train": 4, "test": 4}
+        == {
+            split: sum(len(entry["captions"]) for entry in entries)
+            for split, entries in found.items()
+        }
+    )
+    pictures = {
+        split: {picture.path for picture in corpus.pictures} for split, corpus in corpora.items()
+    }
     assert not pictures["train"] & pictures["test"]
     assert len(corpora["train"].load_wave(0)) == 8000
 
@@ -109,7 +158,11 @@ def test_a_table_that_is_none_and_a_corpus_of_another_dealing_are_refused(folder
 
 def test_recordings_that_cannot_be_used_are_not_written(tmp_path):
     good = 0.3 * np.sin(np.arange(8000) * 0.05)
-    for wave, problem in ((good[:1000], "shorter"), (0 * good, "silent"), (np.sign(good), "too loud")):
+    for wave, problem in (
+        (good[:1000], "shorter"),
+        (0 * good, "silent"),
+        (np.sign(good), "too loud"),
+    ):
         with pytest.raises(InputError, match=problem):
             save_recording(wave, tmp_path / "a.wav")
         assert not (tmp_path / "a.wav").exists()

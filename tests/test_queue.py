@@ -37,7 +37,13 @@ def caught(check, mutant):
 
 
 def check_ring(Queue):
-    for size, batches in ((12, [5] * 4), (8, [3, 20, 2]), (4, [4, 4]), (3, [7, 7, 1]), (5, [1] * 13)):
+    for size, batches in (
+        (12, [5] * 4),
+        (8, [3, 20, 2]),
+        (4, [4, 4]),
+        (3, [7, 7, 1]),
+        (5, [1] * 13),
+    ):
         queue, n = Queue(size, 2), 0
         for batch in batches:
             queue.enqueue(*pairs(range(n, n + batch)))
@@ -164,7 +170,9 @@ def test_a_refused_call_changes_nothing(call):
     assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
 
 
-@pytest.mark.parametrize("arguments", [(-1, 2), (4, 0), (4, 2, 5, 1, 1, 1), (4, 2, -1), (4, 2, 2), (4, 2, 2, 3, 0, 1)])
+@pytest.mark.parametrize(
+    "arguments", [(-1, 2), (4, 0), (4, 2, 5, 1, 1, 1), (4, 2, -1), (4, 2, 2), (4, 2, 2, 3, 0, 1)]
+)
 def test_impossible_queues_are_refused(arguments):
     with pytest.raises(ValueError):
         EmbeddingQueue(*arguments)
@@ -180,7 +188,10 @@ def unit(n, dim, generator):
 def loop_loss(speech, image, slow_speech, slow_image, ids, old_speech, old_image, old_ids, tau):
     "The contrastive loss in float64 loops: batch keys first, then those of the queue as it was."
     total, all_ids = 0.0, [*ids.tolist(), *old_ids.tolist()]
-    for queries, keys in ((speech, torch.cat([slow_image, old_image])), (image, torch.cat([slow_speech, old_speech]))):
+    for queries, keys in (
+        (speech, torch.cat([slow_image, old_image])),
+        (image, torch.cat([slow_speech, old_speech])),
+    ):
         for b, query in enumerate(queries):
             z = [float(query.double() @ key.double()) / tau for key in keys]
             own = [c for c, other in enumerate(all_ids) if other == int(ids[b])]
@@ -192,7 +203,14 @@ def loop_loss(speech, image, slow_speech, slow_image, ids, old_speech, old_image
 def step_right(queue, speech, image, slow_speech, slow_image, ids, tau):
     old_speech, old_image, old_ids = queue.filled()
     targets = id_targets(ids, torch.cat([ids, old_ids]))
-    loss = sic_loss(speech, image, torch.cat([slow_speech, old_speech]), torch.cat([slow_image, old_image]), targets, tau).loss
+    loss = sic_loss(
+        speech,
+        image,
+        torch.cat([slow_speech, old_speech]),
+        torch.cat([slow_image, old_image]),
+        targets,
+        tau,
+    ).loss
     queue.enqueue(slow_speech, slow_image, ids)
     return loss
 
@@ -201,12 +219,26 @@ def step_too_early(queue, speech, image, slow_speech, slow_image, ids, tau):
     queue.enqueue(slow_speech, slow_image, ids)
     old_speech, old_image, old_ids = queue.filled()
     targets = id_targets(ids, torch.cat([ids, old_ids]))
-    return sic_loss(speech, image, torch.cat([slow_speech, old_speech]), torch.cat([slow_image, old_image]), targets, tau).loss
+    return sic_loss(
+        speech,
+        image,
+        torch.cat([slow_speech, old_speech]),
+        torch.cat([slow_image, old_image]),
+        targets,
+        tau,
+    ).loss
 
 
 def step_empty_slots_as_keys(queue, speech, image, slow_speech, slow_image, ids, tau):
     targets = id_targets(ids, torch.cat([ids, queue.ids]))
-    loss = sic_loss(speech, image, torch.cat([slow_speech, queue.speech]), torch.cat([slow_image, queue.image]), targets, tau).loss
+    loss = sic_loss(
+        speech,
+        image,
+        torch.cat([slow_speech, queue.speech]),
+        torch.cat([slow_image, queue.image]),
+        targets,
+        tau,
+    ).loss
     queue.enqueue(slow_speech, slow_image, ids)
     return loss
 
@@ -214,7 +246,10 @@ def step_empty_slots_as_keys(queue, speech, image, slow_speech, slow_image, ids,
 def check_step(step):
     generator, queue = torch.Generator().manual_seed(0), EmbeddingQueue(16, 6)
     for ids in ([1, 2, 3, 4], [5, 1, 6, 7], [8, 9, 2, 2]):
-        ids, (speech, image, slow_speech, slow_image) = torch.tensor(ids), (unit(4, 6, generator) for _ in range(4))
+        ids, (speech, image, slow_speech, slow_image) = (
+            torch.tensor(ids),
+            (unit(4, 6, generator) for _ in range(4)),
+        )
         before = queue.filled()
         expected = loop_loss(speech, image, slow_speech, slow_image, ids, *before, 0.2)
         loss = step(queue, speech, image, slow_speech, slow_image, ids, 0.2)
@@ -233,7 +268,9 @@ def test_empty_slots_are_no_keys():
 def check_sentinel(Queue):
     queue = Queue(4, 2)
     ids = torch.tensor([3, 4])
-    assert torch.equal(id_targets(ids, torch.cat([ids, queue.ids])), torch.eye(2, 6))  # as if there were no queue
+    assert torch.equal(
+        id_targets(ids, torch.cat([ids, queue.ids])), torch.eye(2, 6)
+    )  # as if there were no queue
     with pytest.raises(ValueError, match="negative"):
         queue.enqueue(*pairs([-1, 2]))
 
@@ -311,7 +348,12 @@ def test_pitfall_09_reset_for_a_new_stage_keep_for_a_resumed_run():
 @pytest.mark.parametrize("slots", [0, 3])
 def test_pitfall_10_resume_is_bitwise(slots, tmp_path):
     make = lambda: EmbeddingQueue(6, 2, slots, 2, 3, 2) if slots else EmbeddingQueue(6, 2)
-    feed = lambda queue, n: queue.enqueue(*pairs(range(n, n + 4)), torch.full((4, 3, 2), float(n)), torch.ones(4, 3, dtype=torch.bool), torch.full((4, 2, 2), float(n)))
+    feed = lambda queue, n: queue.enqueue(
+        *pairs(range(n, n + 4)),
+        torch.full((4, 3, 2), float(n)),
+        torch.ones(4, 3, dtype=torch.bool),
+        torch.full((4, 2, 2), float(n)),
+    )
     straight, first = make(), make()
     for n in range(0, 24, 4):
         feed(straight, n)
@@ -323,7 +365,10 @@ def test_pitfall_10_resume_is_bitwise(slots, tmp_path):
     for n in range(12, 24, 4):
         feed(resumed, n)
     assert straight.state_dict().keys() == resumed.state_dict().keys()
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
+    assert all(
+        torch.equal(value, resumed.state_dict()[name])
+        for name, value in straight.state_dict().items()
+    )
 
 
 def check_reading(Queue):
@@ -354,15 +399,27 @@ def test_pitfall_13_reading_changes_nothing_and_writing_does_not_reach_back():
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
-@given(size=st.integers(2, 7), slots=st.integers(1, 7), batches=st.lists(st.integers(0, 12), max_size=6))
+@given(
+    size=st.integers(2, 7),
+    slots=st.integers(1, 7),
+    batches=st.lists(st.integers(0, 12), max_size=6),
+)
 def test_token_memory_equals_a_plain_list(size, slots, batches):
     slots = min(slots, size)
     queue, seen = EmbeddingQueue(size, 2, slots, token_width=1, speech_length=3, image_length=2), 0
     for n in batches:
         length = 1 + seen % 5  # shorter and longer than what is kept
         ids = torch.arange(seen, seen + n)
-        tokens = ids.float()[:, None, None].expand(n, length, 1) + torch.arange(length)[None, :, None] / 8
-        queue.enqueue(*pairs(ids), tokens, torch.ones(n, length, dtype=torch.bool), ids.float()[:, None, None].expand(n, 2, 1))
+        tokens = (
+            ids.float()[:, None, None].expand(n, length, 1)
+            + torch.arange(length)[None, :, None] / 8
+        )
+        queue.enqueue(
+            *pairs(ids),
+            tokens,
+            torch.ones(n, length, dtype=torch.bool),
+            ids.float()[:, None, None].expand(n, 2, 1),
+        )
         seen += n
     kept = queue.tokens()
     assert sorted(kept["ids"].tolist()) == list(range(max(0, seen - slots), seen))
@@ -398,18 +455,45 @@ def test_tokens_are_half_precision_bounded_and_clean():
 
 def test_a_slot_is_wiped_before_a_shorter_utterance_enters():
     queue = token_queue()
-    queue.enqueue(*pairs([1, 2]), torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 2))
-    queue.enqueue(*pairs([3, 4]), torch.ones(2, 1, 2), torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 2, 2))
-    assert queue.tokens()["speech_mask"].sum(1).tolist() == [1, 1] and not queue.tokens()["speech_tokens"][:, 1:].any()
+    queue.enqueue(
+        *pairs([1, 2]), torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 2)
+    )
+    queue.enqueue(
+        *pairs([3, 4]), torch.ones(2, 1, 2), torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 2, 2)
+    )
+    assert (
+        queue.tokens()["speech_mask"].sum(1).tolist() == [1, 1]
+        and not queue.tokens()["speech_tokens"][:, 1:].any()
+    )
 
 
-@pytest.mark.parametrize("shapes", [None, ((2, 3, 5), (2, 3), (2, 2, 2)), ((1, 3, 2), (1, 3), (2, 2, 2)), ((2, 3, 2), (2, 4), (2, 2, 2)),
-                                    ((2, 3, 2), (2, 3), (2, 3, 2)), ((2, 3, 2), (2, 3), (1, 2, 2)), ((2, 3), (2, 3), (2, 2, 2))])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        None,
+        ((2, 3, 5), (2, 3), (2, 2, 2)),
+        ((1, 3, 2), (1, 3), (2, 2, 2)),
+        ((2, 3, 2), (2, 4), (2, 2, 2)),
+        ((2, 3, 2), (2, 3), (2, 3, 2)),
+        ((2, 3, 2), (2, 3), (1, 2, 2)),
+        ((2, 3), (2, 3), (2, 2, 2)),
+    ],
+)
 def test_tokens_that_do_not_fit_change_nothing(shapes):
     queue = token_queue()
-    queue.enqueue(*pairs([1, 2]), torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 2))
+    queue.enqueue(
+        *pairs([1, 2]), torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 2)
+    )
     before = copy.deepcopy(queue.state_dict())
-    speech, mask, image = (None,) * 3 if shapes is None else (torch.zeros(shapes[0]), torch.ones(shapes[1], dtype=torch.bool), torch.zeros(shapes[2]))
+    speech, mask, image = (
+        (None,) * 3
+        if shapes is None
+        else (
+            torch.zeros(shapes[0]),
+            torch.ones(shapes[1], dtype=torch.bool),
+            torch.zeros(shapes[2]),
+        )
+    )
     with pytest.raises(ValueError, match="enqueue"):
         queue.enqueue(*pairs([3, 4]), speech, mask, image)
     assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
@@ -434,7 +518,9 @@ def check_closed_form(update):
         for theta in thetas:
             student.weight.data.copy_(theta)
             update(teacher, student, m)
-        expected = m**7 * start + (1 - m) * sum(m ** (6 - t) * theta for t, theta in enumerate(thetas))
+        expected = m**7 * start + (1 - m) * sum(
+            m ** (6 - t) * theta for t, theta in enumerate(thetas)
+        )
         assert_close(teacher.weight.detach(), expected)
 
 
@@ -511,7 +597,10 @@ def test_pitfall_14_numbers():
 def check_in_place(update):
     teacher = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     student = copy.deepcopy(teacher)
-    view, addresses = teacher[0].weight.detach()[0], [p.data_ptr() for p in [*teacher.parameters(), *teacher.buffers()]]
+    view, addresses = (
+        teacher[0].weight.detach()[0],
+        [p.data_ptr() for p in [*teacher.parameters(), *teacher.buffers()]],
+    )
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1)
@@ -546,14 +635,22 @@ def check_teacher(make):
     assert torch.equal(teacher(x), teacher(x))  # no dropout in the keys
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher(x).requires_grad
     assert all(p.dtype == torch.float32 for p in teacher.parameters())
-    assert student.training and next(student.parameters()).requires_grad and next(student.parameters()).dtype == torch.bfloat16
+    assert (
+        student.training
+        and next(student.parameters()).requires_grad
+        and next(student.parameters()).dtype == torch.bfloat16
+    )
     assert teacher[0].weight.data_ptr() != student[0].weight.data_ptr()
 
 
 def test_pitfall_17_the_teacher_does_not_drop_out():
     check_teacher(make_teacher)
-    for mutant in (lambda s: copy.deepcopy(s).float().requires_grad_(False), lambda s: copy.deepcopy(s).float().eval(),
-                   lambda s: copy.deepcopy(s).eval().requires_grad_(False), lambda s: s.float().eval().requires_grad_(False)):
+    for mutant in (
+        lambda s: copy.deepcopy(s).float().requires_grad_(False),
+        lambda s: copy.deepcopy(s).float().eval(),
+        lambda s: copy.deepcopy(s).eval().requires_grad_(False),
+        lambda s: s.float().eval().requires_grad_(False),
+    ):
         caught(check_teacher, mutant)
 
 
@@ -596,7 +693,13 @@ def test_every_parameter_and_buffer_follows():
 
 
 def check_mismatch(update):
-    for other in (nn.Linear(2, 4), nn.Linear(2, 3, bias=False), nn.Sequential(nn.Linear(2, 3)), nn.BatchNorm1d(3), nn.Linear(3, 2)):
+    for other in (
+        nn.Linear(2, 4),
+        nn.Linear(2, 3, bias=False),
+        nn.Sequential(nn.Linear(2, 3)),
+        nn.BatchNorm1d(3),
+        nn.Linear(3, 2),
+    ):
         teacher = nn.Linear(2, 3)
         before = copy.deepcopy(teacher.state_dict())
         try:

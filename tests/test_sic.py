@@ -39,7 +39,11 @@ def loop_loss(speech, image, speech_keys, image_keys, to_image, to_speech, tau=T
             z = [sum(float(x) * float(y) for x, y in zip(queries[b], key)) / tau for key in keys]
             top = max(z)
             log_sum = top + math.log(sum(math.exp(value - top) for value in z))
-            total += sum(float(targets[b][c]) * (log_sum - z[c]) for c in range(len(z))) / len(queries) / 2
+            total += (
+                sum(float(targets[b][c]) * (log_sum - z[c]) for c in range(len(z)))
+                / len(queries)
+                / 2
+            )
     return total
 
 
@@ -48,7 +52,9 @@ def loop_loss(speech, image, speech_keys, image_keys, to_image, to_speech, tau=T
 
 def check_targets(targets):
     y = targets(torch.tensor([5, 5, 8]), torch.tensor([5, 5, 8, 8, -1, 5, 5, -1]))
-    assert_close(y, torch.tensor([[0.25, 0.25, 0, 0, 0, 0.25, 0.25, 0]] * 2 + [[0, 0, 0.5, 0.5, 0, 0, 0, 0]]))
+    assert_close(
+        y, torch.tensor([[0.25, 0.25, 0, 0, 0, 0.25, 0.25, 0]] * 2 + [[0, 0, 0.5, 0.5, 0, 0, 0, 0]])
+    )
     assert y.dtype == torch.float32
 
 
@@ -112,7 +118,10 @@ def test_a_query_without_its_own_pair_is_an_error():
     assert id_targets(torch.zeros(0, dtype=torch.long), torch.tensor([5])).shape == (0, 1)
 
 
-@given(ids=st.lists(st.integers(0, 5), min_size=1, max_size=8), old=st.lists(st.integers(-1, 5), max_size=12))
+@given(
+    ids=st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    old=st.lists(st.integers(-1, 5), max_size=12),
+)
 def test_targets_by_counting(ids, old):
     keys = [*ids, *old]
     y = id_targets(torch.tensor(ids), torch.tensor(keys))
@@ -140,7 +149,14 @@ def replaced(**change):
     "sic_loss with some of its arguments made wrong."
 
     def mutant(speech, image, speech_keys, image_keys, targets, tau):
-        given = dict(speech=speech, image=image, speech_keys=speech_keys, image_keys=image_keys, targets=targets, temperature=tau)
+        given = dict(
+            speech=speech,
+            image=image,
+            speech_keys=speech_keys,
+            image_keys=image_keys,
+            targets=targets,
+            temperature=tau,
+        )
         return sic_loss(**{**given, **{name: make(given) for name, make in change.items()}})
 
     return mutant
@@ -167,9 +183,16 @@ def softmax_over_queries(speech, image, speech_keys, image_keys, targets, tau):
 
 
 MUTANTS = {
-    "online features as keys": replaced(image_keys=lambda a: torch.cat([a["image"], a["image_keys"][4:]]), speech_keys=lambda a: torch.cat([a["speech"], a["speech_keys"][4:]])),
-    "keys swapped": replaced(image_keys=lambda a: a["speech_keys"], speech_keys=lambda a: a["image_keys"]),
-    "features not normalised": replaced(speech=lambda a: 2 * a["speech"], image=lambda a: 2 * a["image"]),
+    "online features as keys": replaced(
+        image_keys=lambda a: torch.cat([a["image"], a["image_keys"][4:]]),
+        speech_keys=lambda a: torch.cat([a["speech"], a["speech_keys"][4:]]),
+    ),
+    "keys swapped": replaced(
+        image_keys=lambda a: a["speech_keys"], speech_keys=lambda a: a["image_keys"]
+    ),
+    "features not normalised": replaced(
+        speech=lambda a: 2 * a["speech"], image=lambda a: 2 * a["image"]
+    ),
     "multi-hot targets": replaced(targets=lambda a: (a["targets"] > 0).float()),
     "ids ignored": replaced(targets=lambda a: torch.eye(4, 9)),
     "multiplied by the temperature": replaced(temperature=lambda a: 1 / a["temperature"]),
@@ -194,7 +217,9 @@ def test_targets_may_differ_between_the_directions():
     speech, image, speech_keys, image_keys, ids, key_ids = case()
     one, other = id_targets(ids, key_ids), torch.full((4, 9), 1 / 9)
     out = sic_loss(speech, image, speech_keys, image_keys, (one, other), TAU)
-    assert abs(float(out.loss) - loop_loss(speech, image, speech_keys, image_keys, one, other)) < 1e-3
+    assert (
+        abs(float(out.loss) - loop_loss(speech, image, speech_keys, image_keys, one, other)) < 1e-3
+    )
     assert isinstance(out, SicOutput)
 
 
@@ -226,7 +251,14 @@ def test_no_gradient_through_the_targets():
 def test_the_order_of_the_keys_does_not_matter(order, shift):
     speech, image, speech_keys, image_keys, ids, key_ids = case()
     straight = sic_loss(speech, image, speech_keys, image_keys, id_targets(ids, key_ids), TAU).loss
-    shuffled = sic_loss(speech, image, speech_keys[order], image_keys[order], id_targets(ids, key_ids[list(order)]), TAU).loss
+    shuffled = sic_loss(
+        speech,
+        image,
+        speech_keys[order],
+        image_keys[order],
+        id_targets(ids, key_ids[list(order)]),
+        TAU,
+    ).loss
     assert_close(straight, shuffled, atol=1e-4, rtol=1e-5)
 
 
@@ -240,7 +272,10 @@ def test_equal_keys_cost_the_logarithm_of_their_number():
 
 
 def check_logits(logits):
-    queries, keys = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    queries, keys = (
+        torch.tensor([[1.0, 0.0], [0.6, 0.8]]),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]),
+    )
     assert_close(logits(queries, keys, 0.5), torch.tensor([[2.0, 0.0, -2.0], [1.2, 1.6, -1.2]]))
     assert logits(queries, keys, torch.tensor(0.5)).dtype == torch.float32
 
@@ -298,7 +333,12 @@ def check_precision(loss):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = loss(*inputs, y, TAU)
             assert all(part.dtype == torch.float32 for part in out)
-            assert abs(float(out.loss) - expected) < 1e-3, (dtype, autocast, float(out.loss), expected)
+            assert abs(float(out.loss) - expected) < 1e-3, (
+                dtype,
+                autocast,
+                float(out.loss),
+                expected,
+            )
             truth = inputs[0].double() @ inputs[3].double().T / TAU
             assert (out.speech_to_image - truth).abs().max() < 1e-4
 
@@ -307,7 +347,9 @@ def exponentials_in_half(speech, image, speech_keys, image_keys, targets, tau):
     losses = []
     for queries, keys in ((speech, image_keys), (image, speech_keys)):
         z = (queries.half() @ keys.half().T / tau).exp()
-        losses.append(-(targets * (z / z.sum(1, keepdim=True)).log().float().clamp_min(-100)).sum(1).mean())
+        losses.append(
+            -(targets * (z / z.sum(1, keepdim=True)).log().float().clamp_min(-100)).sum(1).mean()
+        )
     out = sic_loss(speech, image, speech_keys, image_keys, targets, tau)
     return out._replace(loss=(losses[0] + losses[1]).float() / 2)
 

@@ -24,7 +24,11 @@ def caught(check, mutant):
 def batch(n=3, length=6, patches=5, dim=8):
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(length) < torch.tensor([length, 3, 1])[:n, None]
-    return torch.randn(n, length, dim, generator=generator), mask, torch.randn(n, patches, dim, generator=generator)
+    return (
+        torch.randn(n, length, dim, generator=generator),
+        mask,
+        torch.randn(n, patches, dim, generator=generator),
+    )
 
 
 def encoder(kind=MultimodalEncoder, dim=8, depth=2, heads=2):
@@ -97,8 +101,14 @@ def check_padding(kind):
     model, (speech, mask, image) = encoder(kind), batch()
     clean = model(speech.masked_fill(~mask[..., None], 0.0), mask, image)
     for garbage in (1.0, 1e4, torch.nan, torch.inf):
-        assert torch.equal(model(speech.masked_fill(~mask[..., None], garbage), mask, image), clean), garbage
-    noise = torch.where(mask[..., None], speech, torch.randn(speech.shape, generator=torch.Generator().manual_seed(1)))
+        assert torch.equal(
+            model(speech.masked_fill(~mask[..., None], garbage), mask, image), clean
+        ), garbage
+    noise = torch.where(
+        mask[..., None],
+        speech,
+        torch.randn(speech.shape, generator=torch.Generator().manual_seed(1)),
+    )
     assert torch.equal(model(noise, mask, image), clean)
 
 
@@ -114,7 +124,12 @@ def check_longer_padding(kind):
     together = model(speech, mask, image)
     for row in range(3):
         n = int(mask[row].sum())
-        assert_close(model(speech[row : row + 1, :n], mask[row : row + 1, :n], image[row : row + 1]), together[row : row + 1], atol=1e-5, rtol=1e-4)
+        assert_close(
+            model(speech[row : row + 1, :n], mask[row : row + 1, :n], image[row : row + 1]),
+            together[row : row + 1],
+            atol=1e-5,
+            rtol=1e-4,
+        )
 
 
 def test_pitfall_24_each_recording_brings_its_own_mask():
@@ -142,8 +157,14 @@ def check_order(kind):
     model = encoder(kind)
     generator = torch.Generator().manual_seed(2)
     cls, bee, left, frog = torch.randn(4, 8, generator=generator)
-    place, image = torch.randn(4, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)[:1].expand(2, 5, 8)
-    speech = torch.stack([torch.stack([cls, bee, left, frog]), torch.stack([cls, frog, left, bee])]) + place
+    place, image = (
+        torch.randn(4, 8, generator=generator),
+        torch.randn(2, 5, 8, generator=generator)[:1].expand(2, 5, 8),
+    )
+    speech = (
+        torch.stack([torch.stack([cls, bee, left, frog]), torch.stack([cls, frog, left, bee])])
+        + place
+    )
     one, other = model(speech, torch.ones(2, 4, dtype=torch.bool), image)
     assert (one - other).abs().max() > 1e-4
 
@@ -158,7 +179,10 @@ def check_both_streams_count(kind):
     model, (speech, mask, image) = encoder(kind), batch()
     speech.requires_grad_(), image.requires_grad_()
     model(speech, mask, image)[:, 1].sum().backward()
-    assert speech.grad[mask].abs().min(-1).values.min() > 0 and image.grad.abs().max(-1).values.min() > 0
+    assert (
+        speech.grad[mask].abs().min(-1).values.min() > 0
+        and image.grad.abs().max(-1).values.min() > 0
+    )
     assert not speech.grad[~mask].any()
 
 
@@ -173,12 +197,16 @@ def test_gradient_reaches_every_valid_token_of_both():
 def test_rows_are_judged_one_by_one():
     model, (speech, mask, image) = encoder(), batch()
     together, order = model(speech, mask, image), [2, 0, 1]
-    assert_close(model(speech[order], mask[order], image[order]), together[order], atol=1e-6, rtol=1e-5)
+    assert_close(
+        model(speech[order], mask[order], image[order]), together[order], atol=1e-6, rtol=1e-5
+    )
 
 
 def test_patches_without_position_codes_are_a_set():
     model, (speech, mask, image) = encoder(), batch()
-    assert_close(model(speech, mask, image.flip(1)), model(speech, mask, image), atol=1e-5, rtol=1e-4)
+    assert_close(
+        model(speech, mask, image.flip(1)), model(speech, mask, image), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -226,10 +254,17 @@ def test_attention_maps():
 def test_it_learns_a_few_pairs():
     torch.manual_seed(0)
     model, generator = MultimodalEncoder(16, 1, 2), torch.Generator().manual_seed(0)
-    speech, image = torch.randn(6, 4, 16, generator=generator), torch.randn(6, 5, 16, generator=generator)
+    speech, image = (
+        torch.randn(6, 4, 16, generator=generator),
+        torch.randn(6, 5, 16, generator=generator),
+    )
     mask, optimizer = torch.ones(6, 4, dtype=torch.bool), torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(40):
-        loss = sim_loss(model(speech, mask, image), model(speech, mask, image.roll(1, 0)), model(speech.roll(2, 0), mask, image))
+        loss = sim_loss(
+            model(speech, mask, image),
+            model(speech, mask, image.roll(1, 0)),
+            model(speech.roll(2, 0), mask, image),
+        )
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert loss.item() < 0.3  # knowing nothing costs 0.6365
 
@@ -260,7 +295,11 @@ def other_class(positive, negative_image, negative_speech):
 
 
 def mean_of_means(positive, negative_image, negative_speech):
-    parts = [F.cross_entropy(x, torch.full((len(x),), label)) for x, label in ((positive, 1), (negative_image, 0), (negative_speech, 0)) if len(x)]
+    parts = [
+        F.cross_entropy(x, torch.full((len(x),), label))
+        for x, label in ((positive, 1), (negative_image, 0), (negative_speech, 0))
+        if len(x)
+    ]
     return sum(parts) / len(parts)
 
 

@@ -15,7 +15,17 @@ from PIL import Image
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val", "test")
 # counted in the package; recordings without speech, text or picture are dropped
-EXPECTED = {"ca": 749, "fr": 749, "bg": 749, "ru": 742, "ro": 742, "es": 724, "be": 685, "el": 505, "da": 321}
+EXPECTED = {
+    "ca": 749,
+    "fr": 749,
+    "bg": 749,
+    "ru": 742,
+    "ro": 742,
+    "es": 724,
+    "be": 685,
+    "el": 505,
+    "da": 321,
+}
 EXPECTED |= {"nl": 67, "en": 65}
 SAMPLE = 150
 
@@ -53,7 +63,9 @@ def test_archive_is_stored_sorted_and_small(archive):
 
 
 def test_no_path_leaves_the_folder(archive, manifests):
-    listed = [entry["image"] for entry in manifests["all"]] + [c["wav"] for c in captions(manifests["all"])]
+    listed = [entry["image"] for entry in manifests["all"]] + [
+        c["wav"] for c in captions(manifests["all"])
+    ]
     for name in {*archive.namelist(), *listed}:
         path = PurePosixPath(name)
         assert not path.is_absolute() and ".." not in path.parts and "\\" not in name, name
@@ -61,8 +73,12 @@ def test_no_path_leaves_the_folder(archive, manifests):
 
 
 def test_every_listed_file_is_there_and_no_other(archive, manifests):
-    listed = {entry["image"] for entry in manifests["all"]} | {c["wav"] for c in captions(manifests["all"])}
-    assert listed | {"COPYING", "COPYRIGHT", "NOTICE"} | {f"{split}.json" for split in manifests} == set(archive.namelist())
+    listed = {entry["image"] for entry in manifests["all"]} | {
+        c["wav"] for c in captions(manifests["all"])
+    }
+    assert listed | {"COPYING", "COPYRIGHT", "NOTICE"} | {
+        f"{split}.json" for split in manifests
+    } == set(archive.namelist())
 
 
 def test_splits_share_nothing_that_tells(manifests):
@@ -83,7 +99,10 @@ def test_splits_are_70_10_20_in_every_large_category(manifests):
     for split, share in zip(SPLITS, (0.7, 0.1, 0.2)):
         here = collections.Counter(entry["scene"]["category"] for entry in manifests[split])
         assert abs(len(manifests[split]) / len(manifests["all"]) - share) < 0.02
-        assert all(abs(here[c] / n - share) < 0.06 for c, n in everything.items() if n >= 40), (split, here)
+        assert all(abs(here[c] / n - share) < 0.06 for c, n in everything.items() if n >= 40), (
+            split,
+            here,
+        )
 
 
 def test_uttids_are_unique_and_captions_complete(manifests):
@@ -109,10 +128,16 @@ def test_language_counts(manifests):
 def test_counts_equal_the_report(archive, manifests, report):
     for split, entries in manifests.items():
         assert report["pictures"][split] == len(entries)
-        assert report["captions"][split] == {code: languages(entries)[code] for code in report["captions"][split]}
+        assert report["captions"][split] == {
+            code: languages(entries)[code] for code in report["captions"][split]
+        }
     assert report["recordings"] == sum(name.startswith("wavs/") for name in archive.namelist())
-    dropped = collections.Counter((item["reason"], item["language"] or "?") for item in report["dropped"])
-    told = {(why, code): n for why, row in report["dropped_counts"].items() for code, n in row.items()}
+    dropped = collections.Counter(
+        (item["reason"], item["language"] or "?") for item in report["dropped"]
+    )
+    told = {
+        (why, code): n for why, row in report["dropped_counts"].items() for code, n in row.items()
+    }
     assert dropped == told
     assert set(report["abridged"]) <= {caption["uttid"] for caption in captions(manifests["all"])}
 
@@ -139,23 +164,33 @@ def test_recordings_are_opus_streams_with_one_serial_number(archive):
     names = [name for name in archive.namelist() if name.startswith("wavs/")]
     for name in names:
         data = archive.read(name)
-        assert data[:4] == b"OggS" and data[14:18] == b"\1\0\0\0" and data[28:36] == b"OpusHead", name
+        assert data[:4] == b"OggS" and data[14:18] == b"\1\0\0\0" and data[28:36] == b"OpusHead", (
+            name
+        )
 
 
 def test_pictures_decode_and_look_right(archive, manifests):
     for entry in random.Random(0).sample(manifests["all"], SAMPLE):
         picture = Image.open(io.BytesIO(archive.read(entry["image"])))
-        assert (picture.format, picture.size, picture.mode) == ("WEBP", (224, 224), "RGB"), entry["image"]
+        assert (picture.format, picture.size, picture.mode) == ("WEBP", (224, 224), "RGB"), entry[
+            "image"
+        ]
         pixels = np.asarray(picture, np.int16)
         edge = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3)])
         assert np.abs(edge - edge[0]).max() <= 12, entry["image"]  # a plain margin
-        assert (np.abs(pixels - edge[0]).max(-1) > 40).mean() > 0.001, entry["image"]  # and something to see
+        assert (np.abs(pixels - edge[0]).max(-1) > 40).mean() > 0.001, entry[
+            "image"
+        ]  # and something to see
 
 
 def test_english_stamps_have_plain_nouns(manifests):
-    english = [entry for entry in manifests["all"] if any(c["language"] == "en" for c in entry["captions"])]
+    english = [
+        entry for entry in manifests["all"] if any(c["language"] == "en" for c in entry["captions"])
+    ]
     nouns = [noun for entry in english for noun in entry["concepts"]]
     assert {"frog", "bee", "owl", "elephant", "dog", "giraffe", "mouse"} <= set(nouns)
     for entry in english:
         text = next(c["text"] for c in entry["captions"] if c["language"] == "en").lower()
-        assert entry["concepts"][0].rstrip("s").replace(" ", "") in text.replace(" ", ""), entry["concepts"]
+        assert entry["concepts"][0].rstrip("s").replace(" ", "") in text.replace(" ", ""), entry[
+            "concepts"
+        ]

@@ -29,7 +29,9 @@ def place(tmp_path, monkeypatch):
     shutil.copy(ROOT / "tools" / "install.py", folder / "tools")
     (folder / "pyproject.toml").write_text("[project]\n")
     monkeypatch.setattr(install, "__file__", str(folder / "tools" / "install.py"))
-    monkeypatch.setattr(install, "version_of", lambda python: (3, 12) if os.path.exists(python) else None)
+    monkeypatch.setattr(
+        install, "version_of", lambda python: (3, 12) if os.path.exists(python) else None
+    )
     monkeypatch.chdir(folder)
 
     def make():
@@ -76,7 +78,9 @@ def test_old_python_is_named(monkeypatch):
     with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer; `python3` here is 3\.9"):
         install.find_python()
     monkeypatch.setattr(install.shutil, "which", lambda name: name)
-    monkeypatch.setattr(install, "version_of", lambda python: (3, 12) if python == "python3.12" else None)
+    monkeypatch.setattr(
+        install, "version_of", lambda python: (3, 12) if python == "python3.12" else None
+    )
     assert install.find_python() == "python3.12"
 
 
@@ -119,8 +123,12 @@ def test_directives_are_those_of_nbdev():
     for path in notebooks.paths(ROOT):
         for one in notebooks.read(path)["cells"]:
             if one["cell_type"] == "code":
-                theirs = extract_directives(SimpleNamespace(source=notebooks.source(one)), remove=False)
-                assert {name.rstrip(":") for name in theirs} == set(notebooks.directives(one)), path.name
+                theirs = extract_directives(
+                    SimpleNamespace(source=notebooks.source(one)), remove=False
+                )
+                assert {name.rstrip(":") for name in theirs} == set(notebooks.directives(one)), (
+                    path.name
+                )
 
 
 def test_a_failing_notebook_is_reported(tmp_path, monkeypatch, capsys):
@@ -128,21 +136,41 @@ def test_a_failing_notebook_is_reported(tmp_path, monkeypatch, capsys):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "nbs").mkdir()
     for name, code in (("00_good", "assert True"), ("01_bad", "assert 1 == 2")):
-        cells = [{"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": [], "source": code}]
+        cells = [
+            {
+                "cell_type": "code",
+                "id": "a",
+                "metadata": {},
+                "execution_count": None,
+                "outputs": [],
+                "source": code,
+            }
+        ]
         content = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
         (tmp_path / "nbs" / f"{name}.ipynb").write_text(json.dumps(content))
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     assert notebooks.test(notebooks.paths(tmp_path), workers=2) == 1
     said = capsys.readouterr()
-    assert "passed  00_good" in said.out and "FAILED  01_bad" in said.out and "AssertionError" in said.err
-    assert set(json.loads((tmp_path / ".cache" / "notebook_seconds.json").read_text())) == {"00_good", "01_bad"}
+    assert (
+        "passed  00_good" in said.out
+        and "FAILED  01_bad" in said.out
+        and "AssertionError" in said.err
+    )
+    assert set(json.loads((tmp_path / ".cache" / "notebook_seconds.json").read_text())) == {
+        "00_good",
+        "01_bad",
+    }
 
 
 # The demo, and publishing a model
 
 
 def test_bar():
-    assert demo.bar(0).strip() == "" and demo.bar(100) == "█" * 30 and demo.bar(50).rstrip() == "█" * 15
+    assert (
+        demo.bar(0).strip() == ""
+        and demo.bar(100) == "█" * 30
+        and demo.bar(50).rstrip() == "█" * 15
+    )
     assert all(len(demo.bar(percent / 3)) == 30 for percent in range(-9, 330))
 
 
@@ -154,13 +182,22 @@ def miniature_project(tmp_path_factory):
     from speechimg.model import SpeechImageModel
 
     data = tmp_path_factory.mktemp("a project") / "data"
-    miniature.make_corpus(data / "scenes", 12, 2, splits=("train", "val", "test", "test_style", "voice"), zip=True)
+    miniature.make_corpus(
+        data / "scenes", 12, 2, splits=("train", "val", "test", "test_style", "voice"), zip=True
+    )
     files = miniature.make_files(8, 1, splits=("all",))
     files.pop("swap.json", None)
     miniature.write_files(data / "stamps", files, zip=True)
     run = data.parent / "run"
-    SpeechImageModel(Config(width=16, dim=8, heads=2, queue_size=16, speech_depth=1, image_depth=1, fusion_depth=1)).save_pretrained(run)
-    write_json(run / "metrics.json", {"command": "speechimg train --config config.json", "seed": 0, "steps": 0, "seconds": 1.0})
+    SpeechImageModel(
+        Config(
+            width=16, dim=8, heads=2, queue_size=16, speech_depth=1, image_depth=1, fusion_depth=1
+        )
+    ).save_pretrained(run)
+    write_json(
+        run / "metrics.json",
+        {"command": "speechimg train --config config.json", "seed": 0, "steps": 0, "seconds": 1.0},
+    )
     return data
 
 
@@ -172,17 +209,39 @@ def test_publish_and_demo(miniature_project, tmp_path, monkeypatch, capsys, fres
     metrics = publish.publish(miniature_project.parent / "run", folder)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert sorted(metrics["evaluations"]) == ["stamps_en", "test", "test_style", "voice"]
-    assert metrics["evaluations"]["test"]["swap"] and not metrics["evaluations"]["test_style"]["swap"]
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "metrics.json", "model.safetensors"]
+    assert (
+        metrics["evaluations"]["test"]["swap"] and not metrics["evaluations"]["test_style"]["swap"]
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+    ]
 
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    monkeypatch.setattr(demo, "SMALL", demo.SMALL | {"width": 16, "dim": 8, "heads": 2, "batch_size": 8, "steps": 4, "evaluate_every": 2})
+    monkeypatch.setattr(
+        demo,
+        "SMALL",
+        demo.SMALL
+        | {"width": 16, "dim": 8, "heads": 2, "batch_size": 8, "steps": 4, "evaluate_every": 2},
+    )
     monkeypatch.setattr(sys, "argv", ["demo.py", "--seconds", "1"])
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         demo.main()
         said = capsys.readouterr().out
-        assert all(part in said for part in ("1  Scenes", "2  People", "3  Three", "4  A small model", "swap probe", "answers.html"))
+        assert all(
+            part in said
+            for part in (
+                "1  Scenes",
+                "2  People",
+                "3  Three",
+                "4  A small model",
+                "swap probe",
+                "answers.html",
+            )
+        )
         page = (tmp_path / "runs" / "demo" / "answers.html").read_text()
         assert page.count("<audio") == 3 and "http" not in re.sub(r"data:[^\"]+", "", page)
     assert sorted(path.name for path in (tmp_path / "runs" / "demo").iterdir()) == ["answers.html"]
@@ -201,15 +260,35 @@ def test_demo_without_a_model_says_so_in_one_line(miniature_project, tmp_path, m
 
 
 def make(*arguments):
-    return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_make_lists_its_commands():
     text = make().stdout
-    assert all(f"make {name} " in text for name in ("demo", "test", "check", "lab", "corpora", "reference", "small", "notebooks", "readme", "export", "soak", "site"))
+    assert all(
+        f"make {name} " in text
+        for name in (
+            "demo",
+            "test",
+            "check",
+            "lab",
+            "corpora",
+            "reference",
+            "small",
+            "notebooks",
+            "readme",
+            "export",
+            "soak",
+            "site",
+        )
+    )
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "reference", "corpora", "notebooks", "site"])
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "check", "reference", "corpora", "notebooks", "site"]
+)
 def test_make_uses_relative_paths_only(target):
     "The folder's own name may hold spaces: no recipe spells it out, and no script of `.venv/bin` is called by name."
     recipe = make("-n", target)

@@ -38,7 +38,10 @@ def text_of(page):
 @pytest.mark.slow
 def test_no_link_of_the_site_is_broken(site):
     assert website.problems(site) == []
-    assert {path.name for path in site.parent.iterdir()} == {"site", "work"}  # nothing is left beside it
+    assert {path.name for path in site.parent.iterdir()} == {
+        "site",
+        "work",
+    }  # nothing is left beside it
 
 
 @pytest.mark.slow
@@ -50,19 +53,34 @@ def test_every_notebook_is_a_page_with_its_outputs(site):
         text, raw = text_of(page), page.read_text(encoding="utf-8")
         outputs = [output for cell in shown["cells"] for output in cell.get("outputs", [])]
         for output in (output for output in outputs if output["output_type"] == "stream"):
-            first = next((line for line in "".join(output["text"]).splitlines() if line.strip()), "")
+            first = next(
+                (line for line in "".join(output["text"]).splitlines() if line.strip()), ""
+            )
             assert " ".join(first.split()) in text, (path.name, first)
         pictures = len(re.findall(r'<img [^>]*src="_images/', raw))
-        assert pictures == sum(bool({"image/png", "image/jpeg"} & set(output.get("data", {})) and "text/html" not in output["data"]) for output in outputs), path.name
+        assert pictures == sum(
+            bool(
+                {"image/png", "image/jpeg"} & set(output.get("data", {}))
+                and "text/html" not in output["data"]
+            )
+            for output in outputs
+        ), path.name
         assert '<span class="c1">#|' not in raw and "widget-view" not in raw, path.name
 
 
 @pytest.mark.slow
 def test_reference_shows_what_a_function_expects(site):
     text = text_of(site / "api" / "sic.html")
-    function = next(node for node in ast.parse((ROOT / "speechimg" / "sic.py").read_text()).body if getattr(node, "name", "") == "sic_loss")
+    function = next(
+        node
+        for node in ast.parse((ROOT / "speechimg" / "sic.py").read_text()).body
+        if getattr(node, "name", "") == "sic_loss"
+    )
     assert "sic_loss(" in text and ast.get_docstring(function) in text
-    assert "speech_keys: (N, d) teacher embeddings: this batch first, then the queue" in text and "→ SicOutput" in text
+    assert (
+        "speech_keys: (N, d) teacher embeddings: this batch first, then the queue" in text
+        and "→ SicOutput" in text
+    )
     for name in gates.modules(ROOT):
         page = (site / "api" / f"{name}.html").read_text(encoding="utf-8")
         tree = ast.parse((ROOT / "speechimg" / f"{name}.py").read_text(encoding="utf-8"))
@@ -105,11 +123,20 @@ def test_what_is_broken_is_named(site, tmp_path):
     copy = tmp_path / "site"
     shutil.copytree(site, copy)
     page = copy / "08_mining.html"
-    page.write_text(page.read_text(encoding="utf-8").replace("</body>", "".join(BROKEN) + "</body>"), encoding="utf-8")
+    page.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", "".join(BROKEN) + "</body>"),
+        encoding="utf-8",
+    )
     (copy / "_images" / next((copy / "_images").iterdir()).name).unlink()
     found = website.problems(copy)
-    assert {line for line in found if line.startswith("08_mining.html: ")} >= {f"08_mining.html: {said}" for said in BROKEN.values()}
-    assert any("_images/" in line and "which is not here" in line for line in found if "gone.png" not in line)
+    assert {line for line in found if line.startswith("08_mining.html: ")} >= {
+        f"08_mining.html: {said}" for said in BROKEN.values()
+    }
+    assert any(
+        "_images/" in line and "which is not here" in line
+        for line in found
+        if "gone.png" not in line
+    )
     assert len(found) == len(BROKEN) + 1
 
 
@@ -132,29 +159,63 @@ def test_links_that_are_fine(tmp_path):
 
 
 def test_page_of_a_notebook(tmp_path):
-    picture = {"image/png": "iVBORw0KGgoAAAANSUhEUgAABAAAAAIA", "text/plain": "<Figure>"}  # 1024 pixels wide
+    picture = {
+        "image/png": "iVBORw0KGgoAAAANSUhEUgAABAAAAAIA",
+        "text/plain": "<Figure>",
+    }  # 1024 pixels wide
     slider = {website.SLIDER: {"model_id": "1"}, "text/plain": "interactive(children=())"}
     show = lambda data: {"output_type": "display_data", "metadata": {}, "data": data}  # noqa: E731
-    code = lambda text, *outputs: {"cell_type": "code", "metadata": {}, "source": text, "outputs": list(outputs)}  # noqa: E731
+    code = lambda text, *outputs: {
+        "cell_type": "code",
+        "metadata": {},
+        "source": text,
+        "outputs": list(outputs),
+    }  # noqa: E731
     cells = [
         {"cell_type": "markdown", "metadata": {}, "source": ["# Title\n", "[data](../data/README.md)"]},
         code("#| default_exp core"), code("#| hide\nsecret = 1"), code("#| export\ndef f(): pass"), code("#| echo: false\n#| fig-alt: a cat\nshow()", show(picture)),
         code("explore()", show(dict(slider)), show(slider | picture)),
     ]  # fmt: skip
     path = tmp_path / "00_core.ipynb"
-    path.write_text(json.dumps({"cells": cells, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps(
+            {"cells": cells, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}
+        )
+    )
     page = website.page(path)
-    assert [cell["source"] for cell in page["cells"]] == ["# Title\n[data](data/README.md)", "def f(): pass", "show()", "explore()"]
+    assert [cell["source"] for cell in page["cells"]] == [
+        "# Title\n[data](data/README.md)",
+        "def f(): pass",
+        "show()",
+        "explore()",
+    ]
     function, shown, explored = page["cells"][1:]
-    assert function["metadata"]["tags"] == ["export"] and shown["metadata"]["tags"] == ["remove-input"]
+    assert function["metadata"]["tags"] == ["export"] and shown["metadata"]["tags"] == [
+        "remove-input"
+    ]
     assert shown["metadata"]["mystnb"]["image"] == {"alt": "a cat", "classes": "wide"}
-    assert [output["data"] for output in explored["outputs"]] == [picture]  # a slider is shown by its picture, or not at all
+    assert [output["data"] for output in explored["outputs"]] == [
+        picture
+    ]  # a slider is shown by its picture, or not at all
     assert "widgets" not in page["metadata"]
 
 
 def test_contents_take_up_whatever_exists():
-    text = website.contents({"00_core": "Core", "07_sic": "Loss", "15_results": "Results", "99z_new": "New"}, ["data/soak"])
-    order = ["Start", "00 Core <00_core>", "The coarse stage", "07 Loss <07_sic>", "15 Results <15_results>", "data/soak", "In use", "99z New <99z_new>", "api/index"]
+    text = website.contents(
+        {"00_core": "Core", "07_sic": "Loss", "15_results": "Results", "99z_new": "New"},
+        ["data/soak"],
+    )
+    order = [
+        "Start",
+        "00 Core <00_core>",
+        "The coarse stage",
+        "07 Loss <07_sic>",
+        "15 Results <15_results>",
+        "data/soak",
+        "In use",
+        "99z New <99z_new>",
+        "api/index",
+    ]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     assert "Towers" not in text  # no chapter, no part
 

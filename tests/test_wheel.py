@@ -27,36 +27,69 @@ def installed(tmp_path_factory):
     home = tmp_path_factory.mktemp("wheel")
     for name in ("speechimg", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
-        shutil.copytree(source, home / "source" / name, ignore=shutil.ignore_patterns("__pycache__")) if source.is_dir() else shutil.copy(source, home / "source" / name)
+        shutil.copytree(
+            source, home / "source" / name, ignore=shutil.ignore_patterns("__pycache__")
+        ) if source.is_dir() else shutil.copy(source, home / "source" / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", home, home / "source"], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", home, home / "source"],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = home.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", home / "site", wheel], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", home / "site", wheel],
+        check=True,
+        capture_output=True,
+    )
     return home / "site"
 
 
 def environment(installed, data=None):
-    own = {name: value for name, value in os.environ.items() if name not in ("SPEECHIMG_DATA", "MPLBACKEND")}
-    return own | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"} | ({"SPEECHIMG_DATA": str(data)} if data else {})
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("SPEECHIMG_DATA", "MPLBACKEND")
+    }
+    return (
+        own
+        | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+        | ({"SPEECHIMG_DATA": str(data)} if data else {})
+    )
 
 
 def python(code, folder, **options):
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 def test_the_wheel_is_what_is_imported_and_holds_every_module(installed, tmp_path):
-    done = python("import speechimg; print(speechimg.__file__)", tmp_path, env=environment(installed))
+    done = python(
+        "import speechimg; print(speechimg.__file__)", tmp_path, env=environment(installed)
+    )
     assert Path(done.stdout.strip()).parent == installed / "speechimg"
-    assert {path.name for path in (installed / "speechimg").glob("*.py")} == {path.name for path in (ROOT / "speechimg").glob("*.py")}
+    assert {path.name for path in (installed / "speechimg").glob("*.py")} == {
+        path.name for path in (ROOT / "speechimg").glob("*.py")
+    }
 
 
 def test_data_is_found_or_one_line_says_how_to_get_it(installed, tmp_path):
     ask = "from speechimg.core import data_dir; print(data_dir())"
-    assert python(ask, tmp_path, env=environment(installed, ROOT / "data")).stdout.strip() == str(ROOT / "data")
+    assert python(ask, tmp_path, env=environment(installed, ROOT / "data")).stdout.strip() == str(
+        ROOT / "data"
+    )
     inside = tmp_path / "clone" / "nbs"
     inside.mkdir(parents=True)
     (tmp_path / "clone" / "data").symlink_to(ROOT / "data")
-    assert Path(python(ask, inside, env=environment(installed)).stdout.strip()).samefile(ROOT / "data")
+    assert Path(python(ask, inside, env=environment(installed)).stdout.strip()).samefile(
+        ROOT / "data"
+    )
     other = tmp_path / "other" / "data"
     other.mkdir(parents=True)  # a folder of that name with other things in it is not taken for it
     missing = python(ask, other.parent, env=environment(installed))
@@ -71,7 +104,9 @@ def test_a_notebook_in_an_empty_folder(name, installed, tmp_path, monkeypatch):
         monkeypatch.setenv(key, value)
     book = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
     book.cells.append(nbformat.v4.new_code_cell("import speechimg; speechimg.__file__"))
-    NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert str(installed) in book.cells[-1].outputs[0]["data"]["text/plain"]
 
 
@@ -80,8 +115,14 @@ def test_the_first_code_cell_installs_what_is_missing(path):
     "And does nothing where it is there, so that a clone runs its own code."
     if path.stem == "index":
         return
-    first = next(notebooks.source(cell) for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "code")
-    assert first.startswith("try: import speechimg\nexcept ImportError:\n    %pip install -q speechimg\n"), first
+    first = next(
+        notebooks.source(cell)
+        for cell in notebooks.read(path)["cells"]
+        if cell["cell_type"] == "code"
+    )
+    assert first.startswith(
+        "try: import speechimg\nexcept ImportError:\n    %pip install -q speechimg\n"
+    ), first
 
 
 @pytest.mark.parametrize("path", notebooks.paths(ROOT), ids=lambda path: path.stem)

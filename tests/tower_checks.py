@@ -22,39 +22,58 @@ def check_padding(tower, frames=40, tokens_of=lambda length: length):
     "Bit-equal whatever lies behind a length; alone as in company."
     generator = torch.Generator().manual_seed(1)
     width = tower.front_end.feature_dim
-    x, lengths = torch.randn(4, frames, width, generator=generator), torch.tensor([frames, frames - 11, 9, 1])
+    x, lengths = (
+        torch.randn(4, frames, width, generator=generator),
+        torch.tensor([frames, frames - 11, 9, 1]),
+    )
     for training in (False, True):
         tower.train(training)
-        for module in tower.modules():  # dropout draws anew in each call; here only padding may make a difference
-            if isinstance(module, nn.Dropout): module.p = 0.
-            if isinstance(module, Attention): module.dropout = 0.
+        for module in (
+            tower.modules()
+        ):  # dropout draws anew in each call; here only padding may make a difference
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, Attention):
+                module.dropout = 0.0
         expected = copy.deepcopy(tower)(x, lengths)
         assert expected.mask.sum(1).tolist() == [1 + tokens_of(int(length)) for length in lengths]
         assert not expected.tokens[~expected.mask].any(), "padded tokens are not zero"
         for garbage in (1e4, torch.inf, torch.nan):
             spoilt = x.clone()
-            for clip, length in zip(spoilt, lengths): clip[length:] = garbage
+            for clip, length in zip(spoilt, lengths):
+                clip[length:] = garbage
             twin = copy.deepcopy(tower)
-            assert torch.equal(twin(spoilt, lengths).tokens, expected.tokens), f"{garbage} behind the end changes a result"
-            assert all(torch.isfinite(buffer).all() for buffer in twin.buffers()), "statistics were spoilt"
+            assert torch.equal(twin(spoilt, lengths).tokens, expected.tokens), (
+                f"{garbage} behind the end changes a result"
+            )
+            assert all(torch.isfinite(buffer).all() for buffer in twin.buffers()), (
+                "statistics were spoilt"
+            )
     tower.eval()
     together = tower(x, lengths)
     for index, length in enumerate(lengths.tolist()):
-        alone = tower(x[index:index + 1, :length])
-        assert_close(together.tokens[index, :alone.tokens.shape[1]], alone.tokens[0], rtol=0, atol=1e-5)
+        alone = tower(x[index : index + 1, :length])
+        assert_close(
+            together.tokens[index, : alone.tokens.shape[1]], alone.tokens[0], rtol=0, atol=1e-5
+        )
 
 
 def check_order(tower, x, traded, least=0.035):
     "Things that trade places move [CLS] by far more than rounding does."
-    with torch.no_grad(): there, back = (tower(y).tokens[:, 0] for y in (x, traded))
+    with torch.no_grad():
+        there, back = (tower(y).tokens[:, 0] for y in (x, traded))
     assert ((there - back).norm(dim=1) / there.norm(dim=1)).mean() > least, "order is not heard"
 
 
 def check_gradients(tower, *inputs):
     tower.train()
-    (tower(*inputs).tokens * torch.randn(tower.width, generator=torch.Generator().manual_seed(2))).square().sum().backward()
+    (
+        tower(*inputs).tokens * torch.randn(tower.width, generator=torch.Generator().manual_seed(2))
+    ).square().sum().backward()
     for name, parameter in tower.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), f"{name} does not learn"
+        assert (
+            parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+        ), f"{name} does not learn"
 
 
 def check_copy(tower, *inputs):
@@ -63,36 +82,53 @@ def check_copy(tower, *inputs):
     tower(*inputs).tokens.sum().backward()
     twin = copy.deepcopy(tower).eval()
     tower.eval()
-    with torch.no_grad(): first, second, copied = (t(*inputs).tokens for t in (tower, tower, twin))
+    with torch.no_grad():
+        first, second, copied = (t(*inputs).tokens for t in (tower, tower, twin))
     assert torch.equal(first, second) and torch.equal(first, copied)
     fresh = type(tower)(Config(**TINY.to_dict())).eval()
     fresh.load_state_dict(tower.state_dict())
-    with torch.no_grad(): assert torch.equal(fresh(*inputs).tokens, first)
+    with torch.no_grad():
+        assert torch.equal(fresh(*inputs).tokens, first)
 
 
 class Deaf(nn.Module):
     "A spoilt block: attends to padding, too."
-    def __init__(self, block): super().__init__(); self.block = block
-    def forward(self, x, mask=None): return self.block(x)
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, mask=None):
+        return self.block(x)
 
 
 def deafen(blocks):
-    for index, block in enumerate(blocks): blocks[index] = Deaf(block)
+    for index, block in enumerate(blocks):
+        blocks[index] = Deaf(block)
 
 
 class WaysBackThroughPadding(nn.Module):
     "A spoilt MaskedGRU: its way back starts in the padding, which is set to zero before and after."
-    def __init__(self, gru): super().__init__(); self.gru = gru
-    def forward(self, x, mask): return clean(nn.GRU.forward(self.gru, clean(x, mask))[0], mask)
+
+    def __init__(self, gru):
+        super().__init__()
+        self.gru = gru
+
+    def forward(self, x, mask):
+        return clean(nn.GRU.forward(self.gru, clean(x, mask))[0], mask)
 
 
 def leaky_peak(tokens, mask):
     "A spoilt peak: what a norm or a convolution makes of padding takes part; only garbage goes."
-    return tokens.masked_fill(~(tokens.abs() < 1e3), 0.).amax(1).relu()
+    return tokens.masked_fill(~(tokens.abs() < 1e3), 0.0).amax(1).relu()
 
 
-def mean_peak(tokens, mask): return clean(tokens, mask).mean(1)
-def no_peak(tokens, mask): return torch.zeros_like(tokens[:, 0])
+def mean_peak(tokens, mask):
+    return clean(tokens, mask).mean(1)
+
+
+def no_peak(tokens, mask):
+    return torch.zeros_like(tokens[:, 0])
 
 
 def check_depth_0(kind, *inputs):

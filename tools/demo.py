@@ -1,6 +1,6 @@
 """`make demo`: what the trained model can do, and how a small one learns. Writes runs/demo/answers.html.
 
-    python tools/demo.py [--seconds 60]   # how long the small model trains
+python tools/demo.py [--seconds 60]   # how long the small model trains
 """
 
 import argparse
@@ -61,14 +61,21 @@ def evaluate_reference(model) -> None:
     corpus = load_corpus("scenes", "test")
     features = load_features(model, corpus)
     result = evaluate(model, features, probe=swap_trials(load_probe("scenes"), corpus, features))
-    for direction, title in (("speech_to_image", "speech to picture"), ("image_to_speech", "picture to speech")):
+    for direction, title in (
+        ("speech_to_image", "speech to picture"),
+        ("image_to_speech", "picture to speech"),
+    ):
         columns(title)
         recall_lines({stage: result[stage] for stage in ("coarse", "fine")}, direction)
     if result["swap"]:
-        print(f"   {paint('swap probe', '1')}  (which of two pictures that differ only in who is where? chance is 50)")
+        print(
+            f"   {paint('swap probe', '1')}  (which of two pictures that differ only in who is where? chance is 50)"
+        )
         for stage, value in result["swap"].items():
             print(f"   {stage:<22}{value:8.1f}{'':16}   {bar(value)}")
-    print(f"   {len(features):,} recordings, {len(features.image):,} pictures, {result['pairs']:,} pairs read together, {result['seconds']:.0f} s")
+    print(
+        f"   {len(features):,} recordings, {len(features.image):,} pictures, {result['pairs']:,} pairs read together, {result['seconds']:.0f} s"
+    )
 
 
 def evaluate_people(model) -> None:
@@ -88,8 +95,14 @@ def human_queries(stamps, count: int = 3) -> list[int]:
     import torch
     from speechimg.corpora import load_corpus
 
-    known = {noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts}
-    able = [row for row, caption in enumerate(stamps.captions) if caption.language == "en" and known & set(stamps.pictures[caption.image].concepts)]
+    known = {
+        noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts
+    }
+    able = [
+        row
+        for row, caption in enumerate(stamps.captions)
+        if caption.language == "en" and known & set(stamps.pictures[caption.image].concepts)
+    ]
     order = torch.randperm(len(able), generator=torch.Generator().manual_seed(0))
     return [able[place] for place in order[:count].tolist()]
 
@@ -105,13 +118,20 @@ def answer_people(model) -> Path:
         caption, wave = stamps.captions[row], stamps.load_wave(row)
         hits = search(model, wave, gallery, top=len(gallery[0].pictures))
         place = next(hit.rank for hit in hits if hit.path == stamps.pictures[caption.image].path)
-        names = [", ".join(gallery[0].pictures[hit.picture].concepts) or Path(hit.path).stem for hit in hits[:3]]
+        names = [
+            ", ".join(gallery[0].pictures[hit.picture].concepts) or Path(hit.path).stem
+            for hit in hits[:3]
+        ]
         mark = paint("found first", "32") if place == 1 else f"found at place {place}"
-        print(f"   {paint(f'“{caption.text}”', '1')}  {mark} of {len(hits)}\n      it answers: {' | '.join(names)}")
+        print(
+            f"   {paint(f'“{caption.text}”', '1')}  {mark} of {len(hits)}\n      it answers: {' | '.join(names)}"
+        )
         answers.append(Answer(f"“{caption.text}”", wave, gallery[0], hits[:10]))
     page = OUT / "answers.html"
     write_page(page, answers, "Three people, and the pictures found")
-    print(f"\n   {paint('Open this page to see and hear it:', '1')}  {page}\n   {paint(page.resolve().as_uri(), '4;34')}")
+    print(
+        f"\n   {paint('Open this page to see and hear it:', '1')}  {page}\n   {paint(page.resolve().as_uri(), '4;34')}"
+    )
     return page
 
 
@@ -126,7 +146,12 @@ def prepare() -> None:
 
     torch.set_num_threads(1)
     reference, stamps = load_model("reference"), load_corpus("stamps", "all")
-    load_features(reference, stamps.subset([row for row, caption in enumerate(stamps.captions) if caption.language == "en"]))
+    load_features(
+        reference,
+        stamps.subset(
+            [row for row, caption in enumerate(stamps.captions) if caption.language == "en"]
+        ),
+    )
     open_gallery(reference, "stamps")
     small = SpeechImageModel(Config(**SMALL))
     for split in ("val", "train"):
@@ -145,8 +170,15 @@ def train_small(seconds: float) -> None:
 
     pictures = len(load_corpus("scenes", "val").pictures)
     shutil.rmtree(OUT / "small", ignore_errors=True)
-    print(f"   {paint('step seconds', '1')}{'R@1':>8}{'R@5':>8}{'R@10':>8}   speech to picture, coarse, among {pictures} pictures it does not train on")
-    print(f"   {'chance':<12}" + "".join(f"{100 * min(1, k / pictures):8.1f}" for k in (1, 5, 10)) + f"   {bar(100 * min(1, 10 / pictures))}", flush=True)
+    print(
+        f"   {paint('step seconds', '1')}{'R@1':>8}{'R@5':>8}{'R@10':>8}   speech to picture, coarse, among {pictures} pictures it does not train on"
+    )
+    print(
+        f"   {'chance':<12}"
+        + "".join(f"{100 * min(1, k / pictures):8.1f}" for k in (1, 5, 10))
+        + f"   {bar(100 * min(1, 10 / pictures))}",
+        flush=True,
+    )
     begin = None
 
     def watch(row: dict) -> None:
@@ -160,16 +192,27 @@ def train_small(seconds: float) -> None:
                 raise TimeIsUp
 
     try:
-        train(Config(**SMALL), "scenes", OUT / "small", limit=RECORDINGS, on_step=watch, progress=False)
+        train(
+            Config(**SMALL),
+            "scenes",
+            OUT / "small",
+            limit=RECORDINGS,
+            on_step=watch,
+            progress=False,
+        )
     except TimeIsUp:
         pass
     finally:
         shutil.rmtree(OUT / "small", ignore_errors=True)
-    print("   (the bar is R@10; `make reference` trains the full model, `make small` one without any pretrained part)")
+    print(
+        "   (the bar is R@10; `make reference` trains the full model, `make small` one without any pretrained part)"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="See what the trained model can do, and watch a small one learn.")
+    parser = argparse.ArgumentParser(
+        description="See what the trained model can do, and watch a small one learn."
+    )
     parser.add_argument("--seconds", type=float, default=60, help="how long the small model trains")
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -183,17 +226,35 @@ def main() -> None:
         return prepare()
     OUT.mkdir(parents=True, exist_ok=True)
     cores, ahead = torch.get_num_threads(), None
-    torch.set_num_threads(max(1, cores // 2))  # the other half is for prepare(): threads that fight for a core are slower than one
+    torch.set_num_threads(
+        max(1, cores // 2)
+    )  # the other half is for prepare(): threads that fight for a core are slower than one
     try:
         model = load_model("reference")
-        ahead = subprocess.Popen([sys.executable, __file__, "--prepare"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        heading(1, "Scenes nobody has shown it", "synthetic voices and combinations of things that training did not hold")
+        ahead = subprocess.Popen(
+            [sys.executable, __file__, "--prepare"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        heading(
+            1,
+            "Scenes nobody has shown it",
+            "synthetic voices and combinations of things that training did not hold",
+        )
         evaluate_reference(model)
-        heading(2, "People nobody has let it hear", "human recordings of the stamps in a drawing program, zero-shot: it never saw these pictures either")
+        heading(
+            2,
+            "People nobody has let it hear",
+            "human recordings of the stamps in a drawing program, zero-shot: it never saw these pictures either",
+        )
         evaluate_people(model)
         heading(3, "Three of those recordings, answered", "drawn by lot, among all stamps")
         answer_people(model)
-        heading(4, f"A small model, from nothing, in {options.seconds:.0f} seconds", "frozen ears and eyes, all that reads them starts from random numbers; it keeps what it learnt nowhere")
+        heading(
+            4,
+            f"A small model, from nothing, in {options.seconds:.0f} seconds",
+            "frozen ears and eyes, all that reads them starts from random numbers; it keeps what it learnt nowhere",
+        )
         if ahead.poll() is None:
             print("   reading its recordings and pictures, once ...\n", flush=True)
         ahead.wait()
@@ -207,7 +268,9 @@ def main() -> None:
         if ahead:
             ahead.terminate()  # nothing is lost: what it had finished is in the cache
             ahead.wait()
-    print(f"\n{paint('Done', '1;32')} in {time.monotonic() - STARTED:.0f} s. Next: {paint('make lab', '1')} opens the notebooks, {paint('make test', '1')} proves it all.")
+    print(
+        f"\n{paint('Done', '1;32')} in {time.monotonic() - STARTED:.0f} s. Next: {paint('make lab', '1')} opens the notebooks, {paint('make test', '1')} proves it all."
+    )
 
 
 if __name__ == "__main__":

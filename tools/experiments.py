@@ -32,20 +32,37 @@ def run(name: str, change: dict, out: Path) -> dict:
         "evaluate_every": STEPS, "checkpoint_every": STEPS,
     } | change  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
-    metrics = read_json(train(Config.from_dict(settings), "scenes", out, progress=False) / "metrics.json")
+    metrics = read_json(
+        train(Config.from_dict(settings), "scenes", out, progress=False) / "metrics.json"
+    )
     shutil.rmtree(out)
     coarse = metrics["validation"]["coarse"]["speech_to_image"]
-    figures = {f"coarse_r{k}": round(coarse[k], 1) for k in ("1", "5", "10")} | {"swap_coarse": round(metrics["validation"]["swap"]["coarse"], 1)}
-    return {"name": name, "change": change, "seed": metrics["seed"], "steps": STEPS, "seconds": round(metrics["seconds"]), **figures}
+    figures = {f"coarse_r{k}": round(coarse[k], 1) for k in ("1", "5", "10")} | {
+        "swap_coarse": round(metrics["validation"]["swap"]["coarse"], 1)
+    }
+    return {
+        "name": name,
+        "change": change,
+        "seed": metrics["seed"],
+        "steps": STEPS,
+        "seconds": round(metrics["seconds"]),
+        **figures,
+    }
 
 
 def main(names: list[str]) -> None:
     path = Path("data/experiments.jsonl")
-    known = {json.loads(line)["name"] for line in path.read_text().splitlines()} if path.exists() else set()
+    known = (
+        {json.loads(line)["name"] for line in path.read_text().splitlines()}
+        if path.exists()
+        else set()
+    )
     for name in names or RUNS:
         if name in known:
             continue
-        line = run(name, RUNS[name], Path("runs", "experiment-" + name.replace(" ", "-").replace(",", "")))
+        line = run(
+            name, RUNS[name], Path("runs", "experiment-" + name.replace(" ", "-").replace(",", ""))
+        )
         print(line, flush=True)
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -50,7 +50,8 @@ def find_python():
             return name
     sys.exit(
         "speechimg needs Python %d.%d or newer; `python3` here is %d.%d (%s) and there is no newer one beside it.\n"
-        "Install one, or name it:  make PYTHON=/path/to/python3.12 demo" % (OLDEST + tuple(sys.version_info[:2]) + (sys.executable,))
+        "Install one, or name it:  make PYTHON=/path/to/python3.12 demo"
+        % (OLDEST + tuple(sys.version_info[:2]) + (sys.executable,))
     )
 
 
@@ -81,12 +82,17 @@ def installed():
 
 def install(extras):
     "pip install -e .[extras], and a look whether torch and torchaudio fit together."
-    print("Installing speechimg%s into .venv (PyTorch is large: minutes, once)" % (" with " + ", ".join(extras) if extras else ""))
+    print(
+        "Installing speechimg%s into .venv (PyTorch is large: minutes, once)"
+        % (" with " + ", ".join(extras) if extras else "")
+    )
     sys.stdout.flush()
     target = "." + ("[" + ",".join(extras) + "]" if extras else "")
     command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--editable", target]
     if subprocess.call(command + ([] if sys.stdout.isatty() else ["--quiet"])) != 0:
-        sys.exit("pip could not install speechimg: its message is above. Run the same command again once that is solved.")
+        sys.exit(
+            "pip could not install speechimg: its message is above. Run the same command again once that is solved."
+        )
     check = subprocess.Popen([PYTHON, "-c", "import torch, torchaudio"], stderr=subprocess.PIPE)
     error = check.communicate()[1].decode("utf-8", "replace").strip().splitlines()
     if check.returncode != 0:
@@ -98,7 +104,10 @@ def main(extras):
     if version_of(PYTHON) is None:
         make_venv()
     elif version_of(PYTHON) < OLDEST:
-        sys.exit("The Python in .venv is older than %d.%d: remove .venv and run the same command again." % OLDEST)
+        sys.exit(
+            "The Python in .venv is older than %d.%d: remove .venv and run the same command again."
+            % OLDEST
+        )
     before = installed()
     extras = sorted(set(before[2:]) | set(extras))  # extras that are there already stay
     now = wanted(extras)

@@ -30,7 +30,9 @@ NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
 
 def paths(root: Path) -> list[Path]:
     "The notebooks of a tree, in reading order: the numbered ones, then the others."
-    found = [path for path in (root / "nbs").glob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+    found = [
+        path for path in (root / "nbs").glob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+    ]
     return sorted(found, key=lambda path: (not path.name[:1].isdigit(), path.name))
 
 
@@ -85,7 +87,9 @@ def give_ids(root: Path) -> None:
         notebook, taken = read(path), set()
         for index, cell in enumerate(notebook["cells"]):
             if not cell.get("id") or cell["id"] in taken:
-                cell["id"] = hashlib.sha256(f"{path.name} {index} {source(cell)}".encode()).hexdigest()[:8]
+                cell["id"] = hashlib.sha256(
+                    f"{path.name} {index} {source(cell)}".encode()
+                ).hexdigest()[:8]
             taken.add(cell["id"])
         write(path, notebook)
 
@@ -95,12 +99,19 @@ def keep_pictures(root: Path) -> None:
     slider = "application/vnd.jupyter.widget-view+json"
     for path in paths(root):
         notebook = read(path)
-        shown = [output["data"] for cell in notebook["cells"] for output in cell.get("outputs", []) if "data" in output]
+        shown = [
+            output["data"]
+            for cell in notebook["cells"]
+            for output in cell.get("outputs", [])
+            if "data" in output
+        ]
         for data in shown:
             if "image/png" in data:
                 data.pop(slider, None)
         if not any(slider in data for data in shown):
-            notebook.get("metadata", {}).pop("widgets", None)  # hundreds of kB that nothing points at any more
+            notebook.get("metadata", {}).pop(
+                "widgets", None
+            )  # hundreds of kB that nothing points at any more
         write(path, notebook)
 
 
@@ -108,7 +119,9 @@ def nbdev(root: Path, module: str, name: str, arguments: str = "") -> subprocess
     "Call one of nbdev's commands in a process of its own, with `root` as the project."
     variables = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     code = NBDEV.format(module=module, name=name, arguments=arguments)
-    return subprocess.run([sys.executable, "-c", code], cwd=root, env=variables, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=variables, capture_output=True, text=True
+    )
 
 
 def export(root: Path) -> None:
@@ -126,7 +139,13 @@ def export(root: Path) -> None:
 def write_catalogue(root: Path) -> None:
     "Write speechimg/course.json, the checks that learners may see, from the marks in the chapters."
     code = "from pathlib import Path; from speechimg.handout import write_catalogue; write_catalogue(Path('nbs'), Path('speechimg/course.json'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"course.json failed:\n{done.stderr.strip()}")
 
@@ -137,10 +156,19 @@ def write_catalogue(root: Path) -> None:
 def test_one(path: Path) -> tuple[float, str]:
     "Run one notebook's tests with nbdev_test: (seconds, what went wrong or '')."
     start = time.monotonic()
-    code = NBDEV.format(module="test", name="nbdev_test", arguments=f"path={str(path)!r}, n_workers=0")
+    code = NBDEV.format(
+        module="test", name="nbdev_test", arguments=f"path={str(path)!r}, n_workers=0"
+    )
     command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=KILLED_AFTER)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=KILLED_AFTER,
+        )
     except subprocess.TimeoutExpired:
         return time.monotonic() - start, f"stopped after {KILLED_AFTER} seconds"
     passed = done.returncode == 0 and "Success." in done.stdout
@@ -157,7 +185,10 @@ def test(chosen: list[Path], workers: int) -> int:
         for path, (seconds, problem) in zip(chosen, pool.map(test_one, chosen)):
             known[path.stem] = round(seconds, 1)
             late = f"  over {SECONDS} s" if seconds > SECONDS else ""
-            print(f"  {'FAILED' if problem else 'passed'}  {path.stem:<18} {seconds:6.1f} s{late}", flush=True)
+            print(
+                f"  {'FAILED' if problem else 'passed'}  {path.stem:<18} {seconds:6.1f} s{late}",
+                flush=True,
+            )
             if problem:
                 failed.append((path, problem))
     record.parent.mkdir(exist_ok=True)
@@ -183,7 +214,12 @@ def run(chosen: list[Path]) -> None:
     for path in chosen:
         start = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
-        client = Client(notebook, timeout=KILLED_AFTER, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+        client = Client(
+            notebook,
+            timeout=KILLED_AFTER,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}},
+        )
         client.execute()
         half = path.with_suffix(".tmp")
         nbformat.write(notebook, half)
@@ -194,7 +230,9 @@ def run(chosen: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Test, run or export the notebooks.")
     parser.add_argument("command", choices=["test", "run", "export"])
-    parser.add_argument("names", nargs="*", help="notebooks, without folder or ending; all of them if none is named")
+    parser.add_argument(
+        "names", nargs="*", help="notebooks, without folder or ending; all of them if none is named"
+    )
     parser.add_argument("--workers", type=int, default=2, help="how many are tested at a time")
     options = parser.parse_args()
     there = {path.stem: path for path in paths(ROOT)}

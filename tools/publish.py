@@ -37,9 +37,15 @@ def publish(run: Path, folder: Path) -> dict:
     metrics = read_json(run / "metrics.json")
     recipe = folder / "train.json"
     if recipe.exists():  # the run's own word for it names a file that is not in the project
-        metrics["command"] = f"speechimg train --corpus scenes --config {recipe.as_posix()} --out {run.as_posix()}"
+        metrics["command"] = (
+            f"speechimg train --corpus scenes --config {recipe.as_posix()} --out {run.as_posix()}"
+        )
     model = load_model(run)
-    model.run = metrics | {"name": folder.name, "date": datetime.date.today().isoformat(), "evaluations": measure(model)}
+    model.run = metrics | {
+        "name": folder.name,
+        "date": datetime.date.today().isoformat(),
+        "evaluations": measure(model),
+    }
     model.save_pretrained(folder)
     return model.run
 
@@ -53,4 +59,6 @@ if __name__ == "__main__":
         publish(Path(sys.argv[1]), Path(sys.argv[2]))
     except InputError as problem:
         sys.exit(f"publish: {problem}")
-    print(f"{sys.argv[2]} holds the model and its metrics; `make notebooks` puts them into the tables")
+    print(
+        f"{sys.argv[2]} holds the model and its metrics; `make notebooks` puts them into the tables"
+    )

@@ -63,7 +63,11 @@ def render(root: Path) -> dict[str, bytes]:
     resources = {"unique_key": "figure", "output_files_dir": "index_files"}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources=resources)
     text = re.sub(r"^```(?:python)?\n\s*```\n", "", text, flags=re.M)  # what is left of hidden code
-    text = re.sub(r"!\[\w+\]\((\S*figure_(\d+)_\d+\.\w+)\)", lambda match: f"![{alternatives[match[2]]}]({match[1]})", text)
+    text = re.sub(
+        r"!\[\w+\]\((\S*figure_(\d+)_\d+\.\w+)\)",
+        lambda match: f"![{alternatives[match[2]]}]({match[1]})",
+        text,
+    )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^[ \t]+$", "", text))
     text = from_root(text).strip() + "\n"
     files = {"README.md": (NOTE + text).encode()}
@@ -94,7 +98,9 @@ def write(root: Path) -> None:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
-    print("\n".join(f"wrote {name} ({len(content) / 1000:.0f} kB)" for name, content in files.items()))
+    print(
+        "\n".join(f"wrote {name} ({len(content) / 1000:.0f} kB)" for name, content in files.items())
+    )
 
 
 if __name__ == "__main__":

@@ -26,27 +26,55 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "data" / "results.jsonl", ROOT / "runs" / "results"
 SEEDS, FIRST, SECOND = (0, 1, 2), 500, 800  # steps of the two stages
-COMMON = {"towers": "light", "precision": "bfloat16", "batch_size": 64, "siblings": 0.0, "score_mode": "logits", "checkpoint_every": 100}
-ALONE = COMMON | {"sim_weight": 0.0, "alpha": 0.0, "queue_size": 64}  # contrastive learning within the batch, the student's own keys
-STAGE_1 = ALONE | {"learning_rate": 1.5e-3} | {name: FIRST for name in ("steps", "evaluate_every", "student_steps", "queue_warmup_steps")}
-STAGE_2 = COMMON | {"learning_rate": 1e-3, "steps": SECOND, "evaluate_every": SECOND, "student_steps": 0, "queue_warmup_steps": 0, "alpha_ramp_steps": 188, "queue_size": 1024}
+COMMON = {
+    "towers": "light",
+    "precision": "bfloat16",
+    "batch_size": 64,
+    "siblings": 0.0,
+    "score_mode": "logits",
+    "checkpoint_every": 100,
+}
+ALONE = COMMON | {
+    "sim_weight": 0.0,
+    "alpha": 0.0,
+    "queue_size": 64,
+}  # contrastive learning within the batch, the student's own keys
+STAGE_1 = (
+    ALONE
+    | {"learning_rate": 1.5e-3}
+    | {name: FIRST for name in ("steps", "evaluate_every", "student_steps", "queue_warmup_steps")}
+)
+STAGE_2 = COMMON | {
+    "learning_rate": 1e-3,
+    "steps": SECOND,
+    "evaluate_every": SECOND,
+    "student_steps": 0,
+    "queue_warmup_steps": 0,
+    "alpha_ramp_steps": 188,
+    "queue_size": 1024,
+}
 COARSE = {"sim_weight": 0.0, "alpha": 0.0}
 ROWS = {  # the ablation: what stage 2 is made of
     "in-batch": STAGE_2 | ALONE | {"student_steps": SECOND, "queue_warmup_steps": SECOND},
     "+ queue": STAGE_2 | COARSE,
     "+ matching, random negatives": STAGE_2 | {"alpha": 0.0, "negative_sampling": "random"},
     "+ matching, hard negatives of the batch": STAGE_2 | {"alpha": 0.0},
-    "+ matching, hard negatives of the queue": STAGE_2 | {"alpha": 0.0, "negatives": "queue", "token_slots": 1024},
+    "+ matching, hard negatives of the queue": STAGE_2
+    | {"alpha": 0.0, "negatives": "queue", "token_slots": 1024},
     "+ distillation (everything)": STAGE_2,
 }
 HARD, EVERYTHING = list(ROWS)[3], list(ROWS)[5]
-HEARD, UNHEARD = ("ca", "fr", "bg", "ru", "ro", "es"), ("be", "el", "da", "nl", "en")  # languages of `stamps`, for training and not
+HEARD, UNHEARD = (
+    ("ca", "fr", "bg", "ru", "ro", "es"),
+    ("be", "el", "da", "nl", "en"),
+)  # languages of `stamps`, for training and not
 SNAPSHOTS = (100, 200, 400, 800)  # steps after which the mined negatives are looked at
 
 
 @dataclass
 class Run:
     "One training and what is measured after it."
+
     experiment: str
     row: str
     seed: int
@@ -77,30 +105,95 @@ def plan() -> list[Run]:
         first[seed] = add("stage 1", "0 % noise", seed, STAGE_1 | {"seed": seed})
         for row, settings in ROWS.items():
             measures = ("test", "zero_shot") if row in ("in-batch", EVERYTHING) else ("test",)
-            add("ablation", row, seed, settings | {"seed": seed}, first[seed], measures=measures + (("mined",) if (row, seed) == (HARD, 0) else ()))
+            add(
+                "ablation",
+                row,
+                seed,
+                settings | {"seed": seed},
+                first[seed],
+                measures=measures + (("mined",) if (row, seed) == (HARD, 0) else ()),
+            )
     for seed in SEEDS:
         add("languages", "six languages", seed, STAGE_1 | {"seed": seed}, measures=("languages",))
     add("depth", "everything", 0, measures=("depth",), start=f"ablation/{EVERYTHING}/0")
     for seed in SEEDS:  # distillation softens the contrastive targets, so it is tested by the contrastive loss alone
         for noise in (0, 20, 40):
-            start = add("stage 1", f"{noise} % noise", seed, STAGE_1 | {"seed": seed}, noise=noise, measures=()) if noise else first[seed]
+            start = (
+                add(
+                    "stage 1",
+                    f"{noise} % noise",
+                    seed,
+                    STAGE_1 | {"seed": seed},
+                    noise=noise,
+                    measures=(),
+                )
+                if noise
+                else first[seed]
+            )
             for row, alpha in (("without", {"alpha": 0.0}), ("with", {})):
-                if noise or row == "with":  # without noise and without distillation: the row "+ queue"
-                    add("noise", f"{noise} %, {row} distillation", seed, STAGE_2 | {"sim_weight": 0.0, "seed": seed} | alpha, start, noise)
+                if (
+                    noise or row == "with"
+                ):  # without noise and without distillation: the row "+ queue"
+                    add(
+                        "noise",
+                        f"{noise} %, {row} distillation",
+                        seed,
+                        STAGE_2 | {"sim_weight": 0.0, "seed": seed} | alpha,
+                        start,
+                        noise,
+                    )
     for seed in SEEDS:  # what would make mined negatives hard: siblings, which share nouns with the anchor, in each batch
-        for row, settings in {"random negatives": {"negative_sampling": "random"}, "hard negatives": {}}.items():
-            add("siblings", row, seed, STAGE_2 | {"alpha": 0.0, "siblings": 1.0, "seed": seed} | settings, first[seed])
+        for row, settings in {
+            "random negatives": {"negative_sampling": "random"},
+            "hard negatives": {},
+        }.items():
+            add(
+                "siblings",
+                row,
+                seed,
+                STAGE_2 | {"alpha": 0.0, "siblings": 1.0, "seed": seed} | settings,
+                first[seed],
+            )
     for seed in SEEDS:
         for size in (64, 12_000):
-            add("queue size", str(size), seed, STAGE_2 | COARSE | {"queue_size": size, "seed": seed}, first[seed])
+            add(
+                "queue size",
+                str(size),
+                seed,
+                STAGE_2 | COARSE | {"queue_size": size, "seed": seed},
+                first[seed],
+            )
         for momentum in (0.0, 0.999):
-            add("momentum", str(momentum), seed, STAGE_2 | COARSE | {"momentum": momentum, "seed": seed}, first[seed])
+            add(
+                "momentum",
+                str(momentum),
+                seed,
+                STAGE_2 | COARSE | {"momentum": momentum, "seed": seed},
+                first[seed],
+            )
         for heat in (0.02, 0.2):
             fixed = {"temperature": heat, "temperature_min": heat, "temperature_max": heat}
-            add("temperature", f"fixed at {heat}", seed, STAGE_2 | COARSE | fixed | {"seed": seed}, first[seed])
-        from_queue = ROWS["+ matching, hard negatives of the queue"] | {"negative_sampling": "random", "seed": seed}
-        add("queue negatives", "random", seed, from_queue, first[seed])  # is it the queue, or how hard its negatives are?
-        add("negatives", "2", seed, STAGE_2 | {"alpha": 0.0, "negatives_per_anchor": 2, "seed": seed}, first[seed])
+            add(
+                "temperature",
+                f"fixed at {heat}",
+                seed,
+                STAGE_2 | COARSE | fixed | {"seed": seed},
+                first[seed],
+            )
+        from_queue = ROWS["+ matching, hard negatives of the queue"] | {
+            "negative_sampling": "random",
+            "seed": seed,
+        }
+        add(
+            "queue negatives", "random", seed, from_queue, first[seed]
+        )  # is it the queue, or how hard its negatives are?
+        add(
+            "negatives",
+            "2",
+            seed,
+            STAGE_2 | {"alpha": 0.0, "negatives_per_anchor": 2, "seed": seed},
+            first[seed],
+        )
     return runs
 
 
@@ -117,14 +210,18 @@ def moved(corpus, percent: int, seed: int):
     from speechimg.train import generator_for
 
     generator, captions = generator_for(seed, 7, percent), list(corpus.captions)
-    chosen = torch.randperm(len(captions), generator=generator)[: round(len(captions) * percent / 100)].tolist()
+    chosen = torch.randperm(len(captions), generator=generator)[
+        : round(len(captions) * percent / 100)
+    ].tolist()
     meaning = [corpus.pictures[caption.image].id for caption in captions]
     for row in chosen:
         other = row
         while meaning[other] == meaning[row]:
             other = int(torch.randint(len(captions), (), generator=generator))
         captions[row] = replace(captions[row], image=corpus.captions[other].image)
-    return Corpus(corpus.name, corpus.split, corpus.pictures, captions, corpus.store, corpus.skipped)
+    return Corpus(
+        corpus.name, corpus.split, corpus.pictures, captions, corpus.store, corpus.skipped
+    )
 
 
 def corpus_of(run: Run):
@@ -159,7 +256,10 @@ def recalls(model, features, k: int = 16, probe=None) -> dict:
     coarse, temperature = embeddings.speech @ embeddings.image.T, model.temperature.item()
     for direction in ("speech_to_image", "image_to_speech"):
         scores = coarse if direction == "speech_to_image" else coarse.T
-        score, table = pair_scorer(model, embeddings, direction), torch.full(scores.shape, torch.nan)
+        score, table = (
+            pair_scorer(model, embeddings, direction),
+            torch.full(scores.shape, torch.nan),
+        )
 
         def once(query, candidate):
             new = table[query, candidate].isnan()
@@ -169,9 +269,14 @@ def recalls(model, features, k: int = 16, probe=None) -> dict:
 
         ranked = {"coarse": scores}
         if model.config.sim_weight:
-            ranked |= {"sim": rerank(scores, once, k, "sim"), "fine": rerank(scores / temperature, once, k, "sum")}
+            ranked |= {
+                "sim": rerank(scores, once, k, "sim"),
+                "fine": rerank(scores / temperature, once, k, "sum"),
+            }
         for stage, one in ranked.items():
-            found.setdefault(stage, {})[direction] = percent(one if direction == "speech_to_image" else one.T, embeddings.image_of, direction)
+            found.setdefault(stage, {})[direction] = percent(
+                one if direction == "speech_to_image" else one.T, embeddings.image_of, direction
+            )
     if probe is not None:
         found["swap"] = swap_accuracy(model, embeddings, probe)
         if not model.config.sim_weight:
@@ -196,7 +301,13 @@ def zero_shot(model, run: Run) -> dict:
 
     voice = load_corpus("scenes", "voice")
     pictures, found = {picture.path for picture in voice.pictures}, {}
-    for name, split in (("nothing new", "train"), ("voices", "voice"), ("compositions", "val"), ("voices and compositions", "test"), ("voices, compositions and style", "test_style")):
+    for name, split in (
+        ("nothing new", "train"),
+        ("voices", "voice"),
+        ("compositions", "val"),
+        ("voices and compositions", "test"),
+        ("voices, compositions and style", "test_style"),
+    ):
         corpus, counts = load_corpus("scenes", split), {}
         for row, caption in enumerate(corpus.captions):
             picture = corpus.pictures[caption.image]
@@ -204,7 +315,9 @@ def zero_shot(model, run: Run) -> dict:
                 counts.setdefault(caption.image, []).append(row)
         chosen = [row for rows in list(counts.values())[:200] for row in rows[:2]]
         features = load_features(model, corpus.subset(chosen))
-        found[name] = {"queries": len(features), "pictures": len(features.image)} | recalls(model, features)
+        found[name] = {"queries": len(features), "pictures": len(features.image)} | recalls(
+            model, features
+        )
     people = evaluate_corpus(model, "stamps", "all", "en")
     return found | {"people, stamps": people}
 
@@ -225,9 +338,14 @@ def languages(model, run: Run) -> dict:
         for language in HEARD + UNHEARD:
             rows = torch.tensor([language == one for one in spoken])
             own = features.image_of[rows]
-            found[f"{language}, {split}"] = {"queries": len(own), "pictures": len(embeddings.image)} | percent(embeddings.speech[rows] @ embeddings.image.T, own)
+            found[f"{language}, {split}"] = {
+                "queries": len(own),
+                "pictures": len(embeddings.image),
+            } | percent(embeddings.speech[rows] @ embeddings.image.T, own)
             if split == "test":
-                vectors[language] = {int(image): vector for image, vector in zip(own, embeddings.speech[rows])}
+                vectors[language] = {
+                    int(image): vector for image, vector in zip(own, embeddings.speech[rows])
+                }
     return found | {"between": between(vectors)}
 
 
@@ -243,9 +361,14 @@ def between(vectors: dict) -> dict:
             shared = sorted(vectors[one].keys() & vectors[other].keys())[:60]
             if one == other or len(shared) < 30:
                 continue
-            scores = torch.stack([vectors[one][image] for image in shared]) @ torch.stack([vectors[other][image] for image in shared]).T
+            scores = (
+                torch.stack([vectors[one][image] for image in shared])
+                @ torch.stack([vectors[other][image] for image in shared]).T
+            )
             recall = recall_at_k(scores, torch.arange(len(shared)))["speech_to_image"]
-            found.setdefault(one, {})[other] = {"pictures": len(shared)} | {str(k): round(value, 2) for k, value in recall.items()}
+            found.setdefault(one, {})[other] = {"pictures": len(shared)} | {
+                str(k): round(value, 2) for k, value in recall.items()
+            }
     return found
 
 
@@ -260,7 +383,9 @@ def mined(model, run: Run) -> dict:
     from speechimg.sic import similarity_logits
 
     corpus, found = load_corpus("scenes", "val"), {}
-    firsts = list({caption.image: row for row, caption in reversed(list(enumerate(corpus.captions)))}.values())
+    firsts = list(
+        {caption.image: row for row, caption in reversed(list(enumerate(corpus.captions)))}.values()
+    )
     chosen = corpus.subset(sorted(firsts)[::4][:64])
     features, pictures = load_features(model, chosen), chosen.pictures
     scene = [pictures[int(index)].scene for index in features.image_of]
@@ -269,14 +394,19 @@ def mined(model, run: Run) -> dict:
         model.load_state_dict(weights)
         embeddings = embed(model, features)
         image = embeddings.image[features.image_of]
-        probability = negative_probabilities(similarity_logits(embeddings.speech, image, model.temperature.detach()), features.ids)
+        probability = negative_probabilities(
+            similarity_logits(embeddings.speech, image, model.temperature.detach()), features.ids
+        )
         share = {
             "a noun": lambda a, b: bool(set(a["nouns"]) & set(b["nouns"])),
             "both nouns": lambda a, b: set(a["nouns"]) == set(b["nouns"]),
             "the background": lambda a, b: a["background"] == b["background"],
             "the drawing style": lambda a, b: a["style"] == b["style"],
         }
-        same = {what: torch.tensor([[rule(one, other) for other in scene] for one in scene]) for what, rule in share.items()}
+        same = {
+            what: torch.tensor([[rule(one, other) for other in scene] for one in scene])
+            for what, rule in share.items()
+        }
         other = ~torch.eye(len(scene), dtype=torch.bool)
         found[str(step)] = {
             "shares": {what: [round(100 * float((probability * there).sum(1).mean()), 2), round(100 * float(there[other].float().mean()), 2)] for what, there in same.items()},
@@ -294,15 +424,29 @@ def depth(model, run: Run) -> dict:
 
     features = load_features(model, load_corpus("scenes", "test"))
     embeddings, found = embed(model, features), {}
-    coarse, queries = embeddings.speech @ embeddings.image.T, slice(0, None, 5)  # one caption of each picture
+    coarse, queries = (
+        embeddings.speech @ embeddings.image.T,
+        slice(0, None, 5),
+    )  # one caption of each picture
     coarse, own = coarse[queries], embeddings.image_of[queries]
-    part = embeddings._replace(speech=embeddings.speech[queries], speech_tokens=embeddings.speech_tokens[queries], image_of=own)
+    part = embeddings._replace(
+        speech=embeddings.speech[queries],
+        speech_tokens=embeddings.speech_tokens[queries],
+        image_of=own,
+    )
     for k in (1, 2, 4, 8, 16, 32, 64, 128):
         start = time.perf_counter()
         fine = rerank(coarse / model.temperature.item(), pair_scorer(model, part), k, "sum")
-        seconds, hit = time.perf_counter() - start, (coarse.argsort(1, descending=True)[:, :k] == own[:, None]).any(1)
+        seconds, hit = (
+            time.perf_counter() - start,
+            (coarse.argsort(1, descending=True)[:, :k] == own[:, None]).any(1),
+        )
         sim = rerank(coarse, pair_scorer(model, part), k, "sim")
-        found[str(k)] = {"seconds": round(seconds, 3), "queries": len(own), "ceiling": round(100 * float(hit.float().mean()), 2)} | {"fine": percent(fine, own), "sim": percent(sim, own)}
+        found[str(k)] = {
+            "seconds": round(seconds, 3),
+            "queries": len(own),
+            "ceiling": round(100 * float(hit.float().mean()), 2),
+        } | {"fine": percent(fine, own), "sim": percent(sim, own)}
     return found
 
 
@@ -311,7 +455,9 @@ def depth(model, run: Run) -> dict:
 
 def finished() -> dict[str, dict]:
     "{name of a run: its line}."
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
     return {f"{line['experiment']}/{line['row']}/{line['seed']}": line for line in lines}
 
 
@@ -334,12 +480,25 @@ def carry_out(run: Run) -> None:
         if "mined" in run.measures and row["step"] in SNAPSHOTS:
             import safetensors.torch
 
-            weights = safetensors.torch.load_file(run.folder / f"checkpoint-{row['step']}" / "model.safetensors")
-            safetensors.torch.save_file({name.removeprefix("model."): one for name, one in weights.items()}, run.folder / f"snapshot-{row['step']}.safetensors")
+            weights = safetensors.torch.load_file(
+                run.folder / f"checkpoint-{row['step']}" / "model.safetensors"
+            )
+            safetensors.torch.save_file(
+                {name.removeprefix("model."): one for name, one in weights.items()},
+                run.folder / f"snapshot-{row['step']}.safetensors",
+            )
 
     if run.config:
         if not (run.folder / "metrics.json").exists():
-            train(Config.from_dict(run.config), corpus_of(run), run.folder, resume=True, start=start, on_step=snapshot, progress=False)
+            train(
+                Config.from_dict(run.config),
+                corpus_of(run),
+                run.folder,
+                resume=True,
+                start=start,
+                on_step=snapshot,
+                progress=False,
+            )
         metrics, model = read_json(run.folder / "metrics.json"), load_model(run.folder)
     else:  # nothing to train
         metrics, model = {"seconds": 0.0, "steps": 0, "validation": None}, load_model(start)
@@ -358,19 +517,30 @@ def carry_out(run: Run) -> None:
 
 def commit() -> str:
     "The commit of the working tree, with a + where something differs from it."
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "speechimg", "tools/results.py") else "")
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()  # noqa: E731
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "--", "speechimg", "tools/results.py") else ""
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run the experiments of nbs/15_results.ipynb that are missing.")
-    parser.add_argument("experiments", nargs="*", help="only these: stage 1, ablation, languages, depth, noise, siblings, queue size, momentum, temperature, queue negatives, negatives")
+    parser = argparse.ArgumentParser(
+        description="Run the experiments of nbs/15_results.ipynb that are missing."
+    )
+    parser.add_argument(
+        "experiments",
+        nargs="*",
+        help="only these: stage 1, ablation, languages, depth, noise, siblings, queue size, momentum, temperature, queue negatives, negatives",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help="start no run after so many minutes")
     options = parser.parse_args()
     from speechimg.core import atomic_write
+
     runs = plan()
     if options.one:
         carry_out(next(run for run in runs if run.name == options.one))
@@ -380,26 +550,49 @@ def main() -> int:
         for run in runs:
             print(f"{'done' if run.name in done else '    '}  {run.name}")
         return 0
-    wanted = {run.name for run in runs if not options.experiments or run.experiment in options.experiments}
+    wanted = {
+        run.name for run in runs if not options.experiments or run.experiment in options.experiments
+    }
     by_name = {run.name: run for run in runs}
     for name in list(wanted):
         while by_name[name].start:
             name = by_name[name].start
             wanted.add(name)
     waiting, failed = [run for run in runs if run.name in wanted and run.name not in done], 0
-    ready = lambda run: run.start is None or (by_name[run.start].folder / "model.safetensors").exists() and run.start not in working  # noqa: E731
+    ready = lambda run: (
+        run.start is None
+        or (by_name[run.start].folder / "model.safetensors").exists()
+        and run.start not in working
+    )  # noqa: E731
     for run in runs:  # a model that somebody needs and that was cleaned away
-        if run.name in done and run.config and not (run.folder / "model.safetensors").exists() and any(other.start == run.name for other in waiting):
+        if (
+            run.name in done
+            and run.config
+            and not (run.folder / "model.safetensors").exists()
+            and any(other.start == run.name for other in waiting)
+        ):
             waiting.insert(0, run)
     while waiting or working:
-        while len(working) < options.jobs and not (options.until and time.monotonic() - begin > 60 * options.until):
+        while len(working) < options.jobs and not (
+            options.until and time.monotonic() - begin > 60 * options.until
+        ):
             run = next((run for run in waiting if ready(run)), None)
             if run is None:
                 break
             waiting.remove(run)
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            log = (RUNS / "log.txt").open("a") if RUNS.exists() or not RUNS.mkdir(parents=True) else None
-            working[run.name] = subprocess.Popen([sys.executable, __file__, "--one", run.name], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            log = (
+                (RUNS / "log.txt").open("a")
+                if RUNS.exists() or not RUNS.mkdir(parents=True)
+                else None
+            )
+            working[run.name] = subprocess.Popen(
+                [sys.executable, __file__, "--one", run.name],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
         if not working:
             break
         time.sleep(1)
@@ -420,8 +613,13 @@ def main() -> int:
             print(f"done    {name}  {line['seconds']:.0f} s", flush=True)
     lines = finished()
     with atomic_write(RESULTS, "w") as file:  # in the order of the plan
-        own = [name for name in lines if name not in by_name]  # what somebody added stays, at the end
-        file.writelines(json.dumps(lines[name]) + "\n" for name in [*(run.name for run in runs if run.name in lines), *own])
+        own = [
+            name for name in lines if name not in by_name
+        ]  # what somebody added stays, at the end
+        file.writelines(
+            json.dumps(lines[name]) + "\n"
+            for name in [*(run.name for run in runs if run.name in lines), *own]
+        )
     print(f"{len(lines)} of {len(runs)} runs are in {RESULTS.relative_to(ROOT)}")
     return 1 if failed else 0
 

@@ -26,9 +26,25 @@ from notebooks import ROOT, body, directives, source
 from reference import reference, summary
 
 # The parts of the site, each with the number of its last chapter
-PARTS = {"Start": 0, "Data": 2, "Towers": 5, "The coarse stage": 7, "The fine stage": 9, "All together": 13, "Look": 14, "Results": 15, "At scale": 17, "In use": 99}
+PARTS = {
+    "Start": 0,
+    "Data": 2,
+    "Towers": 5,
+    "The coarse stage": 7,
+    "The fine stage": 9,
+    "All together": 13,
+    "Look": 14,
+    "Results": 15,
+    "At scale": 17,
+    "In use": 99,
+}
 # titles of pages of data/ that have none of their own
-TITLES = {"bench": "Speed, in figures", "soak": "Reliability, in figures", "reference": "Model `reference`", "small": "Model `small`"}
+TITLES = {
+    "bench": "Speed, in figures",
+    "soak": "Reliability, in figures",
+    "reference": "Model `reference`",
+    "small": "Model `small`",
+}
 WIDE = 900  # pixels, above which a picture cannot be read once a phone has shrunk it
 SLIDER = "application/vnd.jupyter.widget-view+json"
 
@@ -57,7 +73,11 @@ def page(path: Path) -> dict:
             cell["source"] = moved(source(cell))
         else:
             cell["source"] = body(cell)
-            tags = [name for name in ("export", "gpu") if name in flags] + ["remove-input"] * (flags.get("echo") == "false") + ["hide-input"] * ("check" in flags)  # folded: a learner should not read hidden checks by accident
+            tags = (
+                [name for name in ("export", "gpu") if name in flags]
+                + ["remove-input"] * (flags.get("echo") == "false")
+                + ["hide-input"] * ("check" in flags)
+            )  # folded: a learner should not read hidden checks by accident
             image = {"alt": flags.get("fig-alt", "a figure")}
             for output in (output for output in cell["outputs"] if "data" in output):
                 data, about = output["data"], output.get("metadata", {}).get("image/png", {})
@@ -75,7 +95,14 @@ def page(path: Path) -> dict:
 
 
 def add(notebook: dict, text: str) -> None:
-    notebook["cells"].append({"cell_type": "markdown", "id": f"added-{len(notebook['cells'])}", "metadata": {}, "source": text})
+    notebook["cells"].append(
+        {
+            "cell_type": "markdown",
+            "id": f"added-{len(notebook['cells'])}",
+            "metadata": {},
+            "source": text,
+        }
+    )
 
 
 def contents(titles: dict[str, str], measured: list[str]) -> str:
@@ -87,27 +114,41 @@ def contents(titles: dict[str, str], measured: list[str]) -> str:
         parts[part].append(f"{number}{letter} {text} <{name}>")
     parts["Results"] += measured
     parts["Reference"] = ["data/README", "api/index"]
-    return "\n".join("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n" % (part, "\n".join(entries)) for part, entries in parts.items() if entries)
+    return "\n".join(
+        "```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n" % (part, "\n".join(entries))
+        for part, entries in parts.items()
+        if entries
+    )
 
 
 def write_sources(root: Path, folder: Path) -> None:
     "Notebooks, the reference, and the pages of data/, as Sphinx shall read them."
     pages, modules = {path: page(path) for path in notebooks.paths(root)}, {}
-    titles = {path.stem: source(shown["cells"][0]).splitlines()[0].lstrip("# ") for path, shown in pages.items()}
+    titles = {
+        path.stem: source(shown["cells"][0]).splitlines()[0].lstrip("# ")
+        for path, shown in pages.items()
+    }
     (folder / "api").mkdir(parents=True)
     for path, shown in pages.items():
         if name := exported_name(path):
             modules[name] = summary(root / "speechimg" / f"{name}.py")
-            text = reference(root / "speechimg" / f"{name}.py", f"Built in [{titles[path.stem]}](../{path.name}).")
+            text = reference(
+                root / "speechimg" / f"{name}.py",
+                f"Built in [{titles[path.stem]}](../{path.name}).",
+            )
             (folder / "api" / f"{name}.md").write_text(text, encoding="utf-8")
             add(shown, f"In the reference: [speechimg.{name}](api/{name}.md).")
     rows = "".join(f"| [{name}]({name}.md) | {text} |\n" for name, text in modules.items())
     tree = "```{toctree}\n:hidden:\n\n" + "\n".join(modules) + "\n```\n"
-    (folder / "api" / "index").with_suffix(".md").write_text(f"# The library\n\n| module | the idea |\n|---|---|\n{rows}\n{tree}", encoding="utf-8")
+    (folder / "api" / "index").with_suffix(".md").write_text(
+        f"# The library\n\n| module | the idea |\n|---|---|\n{rows}\n{tree}", encoding="utf-8"
+    )
     measured = []
     for path in sorted((root / "data").rglob("*.md")):
         place = path.relative_to(root)
-        text = re.sub(r"\A---\n.*?\n---\n", "", path.read_text(encoding="utf-8"), flags=re.S).replace("](../nbs/", "](../")
+        text = re.sub(
+            r"\A---\n.*?\n---\n", "", path.read_text(encoding="utf-8"), flags=re.S
+        ).replace("](../nbs/", "](../")
         if head := TITLES.get(path.parent.name if path.stem == "README" else path.stem):
             text = f"# {head}\n\n" + re.sub(r"\A\s*# .*\n", "", text)
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -155,17 +196,35 @@ def build(root: Path, out: Path, work: Path) -> str:
 
     warnings = io.StringIO()
     with docutils_namespace():
-        app = Sphinx(work / "source", None, work / "html", work / "doctrees", "html", settings(root), status=None, warning=warnings)
+        app = Sphinx(
+            work / "source",
+            None,
+            work / "html",
+            work / "doctrees",
+            "html",
+            settings(root),
+            status=None,
+            warning=warnings,
+        )
         app.connect("viewcode-find-source", code_of)
         app.build()
-    static, mathjax = work / "html" / "_static", Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent / "static" / "mathjax"
+    static, mathjax = (
+        work / "html" / "_static",
+        Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent
+        / "static"
+        / "mathjax",
+    )
     shutil.copy(root / "tools" / "website.css", static)
     (static / "mathjax").mkdir()
     shutil.copy(mathjax / "tex-chtml.js", static / "mathjax")
-    shutil.copytree(mathjax / "output" / "chtml" / "fonts", static / "mathjax" / "output" / "chtml" / "fonts")
+    shutil.copytree(
+        mathjax / "output" / "chtml" / "fonts", static / "mathjax" / "output" / "chtml" / "fonts"
+    )
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(work / "html", out)
-    return re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).replace(f"{work / 'source'}/", "").strip()
+    return (
+        re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).replace(f"{work / 'source'}/", "").strip()
+    )
 
 
 # Checking
@@ -176,8 +235,14 @@ class Links(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        text = re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", text)  # sounds take longer to read than everything else
-        self.anchors, self.targets, self.needs = {"", "top"}, [], re.findall(r"url\([\"']?([^\"')]+)|@import [\"']([^\"']+)", text)
+        text = re.sub(
+            r"base64,[A-Za-z0-9+/=]+", "base64,", text
+        )  # sounds take longer to read than everything else
+        self.anchors, self.targets, self.needs = (
+            {"", "top"},
+            [],
+            re.findall(r"url\([\"']?([^\"')]+)|@import [\"']([^\"']+)", text),
+        )
         self.needs = [first or second for first, second in self.needs]
         self.feed(text)
 
@@ -194,14 +259,27 @@ class Links(HTMLParser):
             elif name == "srcdoc":
                 inner = Links(value)
                 self.needs += inner.needs
-                self.targets += [target for target in inner.targets if target.lstrip("#") not in inner.anchors]
+                self.targets += [
+                    target for target in inner.targets if target.lstrip("#") not in inner.anchors
+                ]
 
 
 def problems(folder: Path) -> list[str]:
     "One line for each link of the site that leads nowhere, and for each thing that a page would ask another host for."
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    templates = ("_static/webpack-macros.html", "_static/sbt-webpack-macros.html")  # of the theme; nobody opens them
-    pages = {name: Links(path.read_text(encoding="utf-8")) for name, path in files.items() if path.suffix in (".html", ".css") and name not in templates}
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    templates = (
+        "_static/webpack-macros.html",
+        "_static/sbt-webpack-macros.html",
+    )  # of the theme; nobody opens them
+    pages = {
+        name: Links(path.read_text(encoding="utf-8"))
+        for name, path in files.items()
+        if path.suffix in (".html", ".css") and name not in templates
+    }
     found = [] if "index.html" in files else ["index.html: is not here; run `make site`"]
     for name, links in pages.items():
         for link in dict.fromkeys(links.needs + links.targets):
@@ -211,7 +289,11 @@ def problems(folder: Path) -> list[str]:
             if parts.netloc or parts.scheme:
                 found += [f"{name}: needs {link} of another host"] * (link in links.needs)
                 continue
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            target = (
+                posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path)))
+                if parts.path
+                else name
+            )
             target = f"{target}/index.html" if f"{target}/index.html" in files else target
             if target not in files:
                 found.append(f"{name}: leads to {link}, which is not here")
@@ -227,7 +309,9 @@ def main(arguments: list[str]) -> int:
             print(warnings, file=sys.stderr)
     found = problems(out)
     print("\n".join(found), end="\n" * bool(found))
-    print(f"site: {len(list(out.rglob('*.html')))} pages in {time.monotonic() - start:.0f} s, {len(found)} broken links; open site/index.html")
+    print(
+        f"site: {len(list(out.rglob('*.html')))} pages in {time.monotonic() - start:.0f} s, {len(found)} broken links; open site/index.html"
+    )
     return len(found)
 
 

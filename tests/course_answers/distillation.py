@@ -1,7 +1,7 @@
 """Answers to the assignment `distillation`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "loops": '''
+    "loops": """
 import math
 
 
@@ -30,8 +30,8 @@ def soft_targets(teacher_logits, targets, alpha):
 
 def target_entropy(targets):
     return torch.tensor(sum(-q * math.log(q) for row in targets.tolist() for q in row if q > 0) / len(targets))
-''',
-    "detached": '''
+""",
+    "detached": """
 def alpha_ramp(step, ramp_steps, alpha):
     if min(step, ramp_steps) < 0 or not 0.0 <= alpha <= 1.0:
         raise ValueError("alpha_ramp")
@@ -53,22 +53,22 @@ def soft_targets(teacher_logits, targets, alpha):
 def target_entropy(targets):
     q = targets.detach().float()
     return torch.where(q > 0, -q * q.clamp_min(1e-30).log(), 0.0).sum(-1).mean()
-''',
+""",
 }
 
-CHECKED = '''
+CHECKED = """
 def soft_targets(teacher_logits, targets, alpha):
     if teacher_logits.shape != targets.shape or not 0 <= alpha <= 1:
         raise ValueError("soft_targets")
     z, y = teacher_logits.detach().float(), targets.detach().float()
     if alpha == 0:
         return y
-'''
-RAMP = '''
+"""
+RAMP = """
 def alpha_ramp(step, ramp_steps, alpha):
     if step < 0 or ramp_steps < 0 or not 0 <= alpha <= 1:
         raise ValueError("alpha_ramp")
-'''
+"""
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
     "one step early": (RAMP + '''

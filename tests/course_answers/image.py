@@ -1,7 +1,7 @@
 """Answers to the assignment `image`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "pixel by pixel": '''
+    "pixel by pixel": """
 def square(picture, size):
     picture = picture.convert("RGB")
     width, height = picture.size
@@ -27,8 +27,8 @@ def patches(maps):
 
 def grid_codes(rows, columns):
     return torch.stack([row + column for row in rows for column in columns])
-''',
-    "shapes": '''
+""",
+    "shapes": """
 def patches(maps):
     return maps.flatten(2).transpose(1, 2)
 
@@ -52,26 +52,30 @@ def look(self, features, lengths=None):
 
 
 ImageTower.forward = look
-''',
+""",
 }
 
-SQUARE = '''
+SQUARE = """
 def square(picture, size):
     picture = picture.convert("RGB")
     side = max(picture.size)
     canvas = Image.new("RGB", (side, side){colour})
     canvas.paste({picture}, {place})
     return canvas if side == size else canvas.resize((size, size), Image.Resampling.BICUBIC)
-'''
-GOOD = {"colour": ', "white"', "picture": "picture", "place": "((side - picture.width) // 2, (side - picture.height) // 2)"}
-PIXELS = '''
+"""
+GOOD = {
+    "colour": ', "white"',
+    "picture": "picture",
+    "place": "((side - picture.width) // 2, (side - picture.height) // 2)",
+}
+PIXELS = """
 def numbers(self, picture):
     return {result}
 
 
 Pixels.__call__ = numbers
-'''
-TOWER = '''
+"""
+TOWER = """
 def look(self, features, lengths=None):
     tokens = patches(self.stem({pixels}))
     codes = grid_codes(self.rows, self.columns)
@@ -79,7 +83,7 @@ def look(self, features, lengths=None):
 
 
 ImageTower.forward = look
-'''
+"""
 STEPS = {"pixels": "4 * features - 2", "tokens": "self.norm_tokens(tokens)", "codes": "codes"}
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)

@@ -1,7 +1,7 @@
 """Answers to the assignment `mining`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "loops": '''
+    "loops": """
 def allowed_keys(logits, ids, key_ids=None):
     others = ids if key_ids is None else key_ids
     if tuple(logits.shape) != (len(ids), len(others)):
@@ -34,8 +34,8 @@ def sample_negatives(logits, ids, generator=None, key_ids=None, count=1, hard=Tr
         found.append(row + [-1] * (count - len(row)))
     found = torch.tensor(found)
     return found[:, 0] if count == 1 else found
-''',
-    "Gumbel": '''
+""",
+    "Gumbel": """
 def negative_probabilities(logits, ids, key_ids=None):
     fine = allowed_keys(logits, ids, key_ids)
     z = torch.where(fine, logits.detach().float(), torch.tensor(-torch.inf))
@@ -54,16 +54,16 @@ def sample_negatives(logits, ids, generator=None, key_ids=None, count=1, hard=Tr
     index = best.indices.masked_fill(best.values == -torch.inf, -1)
     index = torch.nn.functional.pad(index, (0, count - index.shape[1]), value=-1)
     return index.squeeze(1) if count == 1 else index
-''',
+""",
 }
 
-FIT = '''
+FIT = """
 def allowed_keys(logits, ids, key_ids=None):
     key_ids = ids if key_ids is None else key_ids
     if logits.shape != (len(ids), len(key_ids)):
         raise ValueError("shapes")
-'''
-DRAW = '''
+"""
+DRAW = """
 @torch.no_grad()
 def sample_negatives(logits, ids, generator=None, key_ids=None, count=1, hard=True):
     if count < 1:
@@ -73,7 +73,7 @@ def sample_negatives(logits, ids, generator=None, key_ids=None, count=1, hard=Tr
     weights = torch.where(fine.any(1, keepdim=True), weights, torch.ones_like(weights))
     picks = torch.full((len(ids), count), -1)
     some = min(count, logits.shape[1])
-'''
+"""
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
     "only the diagonal": (FIT + '''

@@ -1,7 +1,7 @@
 """Answers to the assignment `project`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "python's own": '''
+    "python's own": """
 def split_pictures(n_pictures, shares, generator):
     if not shares or any(share <= 0 for share in shares.values()) or not 0.999 < sum(shares.values()) < 1.001:
         raise ValueError("shares")
@@ -19,8 +19,8 @@ def luck(right, queries, chance):
     for _ in range(queries):
         table = [a * (1 - chance) + b * chance for a, b in zip([*table, 0.0], [0.0, *table])]
     return sum(weight for number, weight in enumerate(table) if number >= right)
-''',
-    "loops": '''
+""",
+    "loops": """
 def paired_interval(before, after, pictures, generator, draws=2000):
     if before.dim() != 1 or before.shape != after.shape or before.shape != pictures.shape or before.numel() == 0:
         raise ValueError("shapes")
@@ -34,10 +34,10 @@ def paired_interval(before, after, pictures, generator, draws=2000):
     everything = [value for group in groups for value in group]
     means = torch.tensor(means).sort().values
     return Interval(sum(everything) / len(everything), float(means[int(0.025 * draws)]), float(means[int(0.975 * draws)]))
-''',
+""",
 }
 
-SPLIT = '''
+SPLIT = """
 def split_pictures(n_pictures, shares, generator):
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError("shares")
@@ -51,9 +51,9 @@ def split_pictures(n_pictures, shares, generator):
     for split, size in sizes.items():
         found[split], places = sorted(places[:size]), places[size:]
     return found
-'''
+"""
 
-PAIRED = '''
+PAIRED = """
 def paired_interval(before, after, pictures, generator, draws=2000):
     if before.dim() != 1 or before.shape != after.shape or before.shape != pictures.shape or before.numel() == 0:
         raise ValueError("shapes")
@@ -62,9 +62,9 @@ def paired_interval(before, after, pictures, generator, draws=2000):
     drawn = torch.randint(len(names), (draws, len(names)), generator=generator)
     means = total[drawn].sum(1) / place.bincount()[drawn].sum(1)
     return Interval(change.mean().item(), *means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist())
-'''
+"""
 
-ROWS = '''
+ROWS = """
 wary = caption_rows
 
 
@@ -72,7 +72,7 @@ def caption_rows(pictures, recordings, sentences, splits, language="en"):
     found = wary(pictures, recordings, sentences, splits, language)
     CHANGE
     return found
-'''
+"""
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
     "no lot": (SPLIT.replace("torch.randperm(n_pictures, generator=generator).tolist()", "list(range(n_pictures))"), [3], "deal by lot"),

@@ -1,7 +1,7 @@
 """Answers to the assignment `queue`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "loops": '''
+    "loops": """
 def update_momentum(teacher, student, momentum):
     if momentum < 0 or momentum > 1:
         raise ValueError("momentum")
@@ -49,8 +49,8 @@ def write(self, speech, mask, image, entries):
 
 
 TokenMemory.write = write
-''',
-    "state dict": '''
+""",
+    "state dict": """
 def update_momentum(teacher, student, momentum):
     if not 0 <= momentum <= 1:
         raise ValueError("momentum")
@@ -98,10 +98,10 @@ def write(self, speech, mask, image, entries):
 
 
 EmbeddingQueue.enqueue, EmbeddingQueue.filled, TokenMemory.write = enqueue, filled, write
-''',
+""",
 }
 
-HEAD = '''
+HEAD = """
 @torch.no_grad()
 def update_momentum(teacher, student, momentum):
     if not 0 <= momentum <= 1:
@@ -109,31 +109,31 @@ def update_momentum(teacher, student, momentum):
     parameters, buffers = _paired(teacher, student, "parameters"), _paired(teacher, student, "buffers")
     if any(slow.dtype in (torch.float16, torch.bfloat16) for slow, _ in parameters):
         raise ValueError("half precision")
-'''
-ENQUEUE = '''
+"""
+ENQUEUE = """
 @torch.no_grad()
 def enqueue(self, speech, image, ids, *tokens):
     self.check(speech, image, ids)
     if self.size == 0:
         return
-'''
+"""
 
-WRITE = '''
+WRITE = """
 @torch.no_grad()
 def write(self, speech, mask, image, entries):
     newest, slots = ring_slots(self.pointer, len(entries), len(self.entry))
     more = self.mask.shape[1] - mask.shape[1]
     valid = torch.nn.functional.pad(mask, (0, more))
     tokens = torch.nn.functional.pad(speech, (0, 0, 0, more)).masked_fill(~valid[..., None], 0)
-'''
-LAST = '''
+"""
+LAST = """
     for ring, values in ((self.speech, half_precision(tokens)), (self.mask, valid), (self.image, half_precision(image)), (self.entry, entries)):
         ring[slots] = values[newest]
     self.pointer.copy_((self.pointer + len(entries)) % len(self.entry))
 
 
 TokenMemory.write = write
-'''
+"""
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
     "momentum on the wrong term": (HEAD + '''

@@ -1,6 +1,6 @@
 """Answers to the assignment `retrieval`: code that runs after the library's own functions and replaces some of them."""
 
-CHANCE = '''
+CHANCE = """
 from math import comb
 
 
@@ -10,9 +10,9 @@ def hit_probability(above, tied, positive, k):
         r = max(0, min(k - g, t))
         found.append(1 - comb(t - p, r) / comb(t, r))
     return torch.tensor(found)
-'''
+"""
 
-RECALL = '''
+RECALL = """
 def recall_at_k(scores, image_of, ks=(1, 5, 10)):
     if scores.dim() != 2 or len(image_of) != len(scores):
         raise ValueError("shapes")
@@ -31,9 +31,9 @@ def recall_at_k(scores, image_of, ks=(1, 5, 10)):
 def counted(row, right):
     best = row[right].max()
     return int((row > best).sum()), int((row == best).sum()), int((row[right] == best).sum())
-'''
+"""
 
-RERANK = '''
+RERANK = """
 def rerank(coarse, score_pairs, k, mode="sim", chunk=8192):
     if mode not in ("sim", "sum") or coarse.isnan().any():
         raise ValueError(mode)
@@ -56,7 +56,7 @@ def rerank(coarse, score_pairs, k, mode="sim", chunk=8192):
             same = others[row[others] == value]
             final[query, same] = fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)
     return final
-'''
+"""
 
 
 def changed(code: str, *changes: tuple[str, str]) -> str:
@@ -69,7 +69,7 @@ def changed(code: str, *changes: tuple[str, str]) -> str:
 
 RIGHT = {  # right, and written differently
     "loops": CHANCE + RECALL + RERANK,
-    "other tensors": '''
+    "other tensors": """
 def hit_probability(above, tied, positive, k):
     free = torch.minimum((k - above).clamp(min=0), tied).double()
     log = lambda n, r: torch.lgamma(n + 1.0) - torch.lgamma(r + 1.0) - torch.lgamma(n - r + 1.0)
@@ -122,7 +122,7 @@ def rerank(coarse, score_pairs, k, mode="sim", chunk=8192):
     final = floor[:, None] - (1 + worst.abs()[:, None]) * (wide.amax(1, keepdim=True) - wide)
     final[who, chosen] = fine
     return final
-''',
+""",
 }
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)

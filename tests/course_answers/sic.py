@@ -1,7 +1,7 @@
 """Answers to the assignment `sic`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "loops": '''
+    "loops": """
 def id_targets(ids, key_ids):
     table = torch.zeros(len(ids), len(key_ids))
     for i, mine in enumerate(ids.tolist()):
@@ -25,15 +25,15 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
     pair = targets if isinstance(targets, tuple) else (targets, targets)
     (first, z), (second, y) = one_way(speech, image_keys, pair[0], temperature), one_way(image, speech_keys, pair[1], temperature)
     return SicOutput(0.5 * first + 0.5 * second, z, y)
-''',
-    "einsum": '''
+""",
+    "einsum": """
 def similarity_logits(queries, keys, temperature):
     if not temperature > 0:
         raise ValueError("temperature")
     if queries.shape[-1] != keys.shape[-1]:
         raise ValueError("width")
     return torch.einsum("bd,nd->bn", queries.to(torch.float32), keys.to(torch.float32)) / temperature
-''',
+""",
 }
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)

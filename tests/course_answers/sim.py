@@ -1,6 +1,6 @@
 """Answers to the assignment `sim`: code that runs after the library's own functions and replaces some of them."""
 
-JUDGE = '''
+JUDGE = """
 def judge(self, heard, speech_mask, seen, pairs=None):
     if pairs is not None:
         heard, speech_mask = heard[pairs[0]], speech_mask[pairs[0]]
@@ -18,9 +18,9 @@ def hear(self, speech_tokens, speech_mask):
 
 
 MultimodalEncoder.judge, MultimodalEncoder.hear = judge, hear
-'''
+"""
 
-MAPS = '''
+MAPS = """
 @torch.no_grad()
 def attention_maps(self, speech_tokens, speech_mask, image_tokens):
     x, maps = speech_tokens, []
@@ -32,14 +32,14 @@ def attention_maps(self, speech_tokens, speech_mask, image_tokens):
 
 
 MultimodalEncoder.attention_maps = attention_maps
-'''
+"""
 
-LOSS = '''
+LOSS = """
 def sim_loss(positive, negative_image, negative_speech):
     logits = torch.cat([positive, negative_image, negative_speech]).float()
     labels = torch.tensor([1] * len(positive) + [0] * (len(negative_image) + len(negative_speech)), dtype=torch.long)
     return F.cross_entropy(logits, labels) if len(logits) else logits.sum()
-'''
+"""
 
 
 def changed(code: str, *changes: tuple[str, str]) -> str:
@@ -52,7 +52,7 @@ def changed(code: str, *changes: tuple[str, str]) -> str:
 
 RIGHT = {  # right, and written differently
     "all tokens": JUDGE + MAPS + LOSS,
-    "pair by pair": '''
+    "pair by pair": """
 def hear(self, speech_tokens, speech_mask):
     "Recording by recording, without its padding, which comes back as zeros."
     out = torch.zeros(speech_tokens.shape, dtype=self.norm.weight.dtype)
@@ -92,8 +92,8 @@ def attention_maps(self, speech_tokens, speech_mask, image_tokens):
 
 
 MultimodalEncoder.hear, MultimodalEncoder.judge, MultimodalEncoder.attention_maps = hear, judge, attention_maps
-''',
-    "softplus": '''
+""",
+    "softplus": """
 def surprise(logits, sign):
     return F.softplus(sign * (logits[:, 0].float() - logits[:, 1].float())).sum()
 
@@ -101,7 +101,7 @@ def surprise(logits, sign):
 def sim_loss(positive, negative_image, negative_speech):
     pairs = len(positive) + len(negative_image) + len(negative_speech)
     return (surprise(positive, 1) + surprise(negative_image, -1) + surprise(negative_speech, -1)) / max(pairs, 1)
-''',
+""",
 }
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)

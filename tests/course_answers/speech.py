@@ -1,7 +1,7 @@
 """Answers to the assignment `speech`: code that runs after the library's own functions and replaces some of them."""
 
 RIGHT = {  # right, and written differently
-    "loops": '''
+    "loops": """
 def frame_mask(lengths, x):
     table = torch.zeros(x.shape[0], x.shape[1], dtype=torch.bool, device=x.device)
     for b in range(x.shape[0]):
@@ -19,8 +19,8 @@ def peak(tokens, mask):
                 best = torch.maximum(best, tokens[b, t])
         rows.append(best)
     return torch.stack(rows)
-''',
-    "sums": '''
+""",
+    "sums": """
 def masked_norm(self, x, mask):
     inside = mask.unsqueeze(-1)
     x, n = x.masked_fill(~inside, 0.0), int(mask.sum())
@@ -52,8 +52,8 @@ def peak(tokens, mask):
     if mask is not None:
         tokens = torch.where(mask[..., None], tokens, torch.full_like(tokens, -torch.inf))
     return tokens.max(dim=1)[0].clamp_min(0)
-''',
-    "one list": '''
+""",
+    "one list": """
 def frame_mask(lengths, x):
     if lengths is None:
         lengths = [x.shape[1]] * x.shape[0]
@@ -68,10 +68,10 @@ def masked_norm(self, x, mask):
 
 
 MaskedBatchNorm.forward = masked_norm
-''',
+""",
 }
 
-NORM = '''
+NORM = """
 def masked_norm(self, x, mask):
     rows = x[mask]
     {single}
@@ -82,8 +82,8 @@ def masked_norm(self, x, mask):
 
 
 MaskedBatchNorm.forward = masked_norm
-'''
-BLOCK = '''
+"""
+BLOCK = """
 def half(self, x, mask):
     short = {mask}
     first = {first}
@@ -92,7 +92,7 @@ def half(self, x, mask):
 
 
 ConvBlock.forward = half
-'''
+"""
 STEPS = {
     "mask": "mask[:, ::2]",
     "first": "F.gelu(self.norm_down(self.over_time(self.down, x), short))",
