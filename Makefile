@@ -21,13 +21,13 @@ test: dev ## everything: gates, notebooks, tests (under 45 minutes on two cores)
 
 check: dev ## the quick part of `make test` (under 3 minutes)
 	@$(PY) tools/gates.py
-	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 07_sic 08_mining
+	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
 
 soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (under 30 minutes)
 	@$(PY) tools/soak.py
 
-results: dev ## every run behind nbs/15_results.ipynb that data/results.jsonl does not hold yet (hours; stop it whenever you like)
+results: dev ## every run behind nbs/14_results.ipynb that data/results.jsonl does not hold yet (hours; stop it whenever you like)
 	@$(PY) tools/results.py
 
 bench: install ## speed in figures, before and after, to data/bench.json (under 10 minutes on two free cores)
@@ -58,7 +58,7 @@ export: dev ## write speechimg/*.py from the notebooks, and clean the notebooks
 readme: dev ## write README.md from nbs/index.ipynb
 	@$(PY) tools/readme.py
 
-notebooks: dev ## run every notebook and keep its outputs, then export and README (NB="07_sic 08_mining" for some)
+notebooks: dev ## run every notebook and keep its outputs, then export and README (NB="06_sic 08_mining" for some)
 	@$(PY) tools/notebooks.py run $(NB)
 	@$(PY) tools/notebooks.py export
 	@$(PY) tools/readme.py

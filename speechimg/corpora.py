@@ -16,8 +16,8 @@ import torch
 
 from .core import InputError, data_dir
 from .data import decode_audio, decode_image, is_silent, sha256
-from .layouts import SplitList, alias, detect, layout_splits, read_layout
-from .store import Store, manifest, safe, typed
+from .files.layouts import SplitList, alias, detect, layout_splits, read_layout
+from .files.store import Store, manifest, safe, typed
 
 # %% ../nbs/02_corpora.ipynb #1a03af2c
 @dataclass

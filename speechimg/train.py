@@ -20,11 +20,11 @@ from .core import InputError, atomic_write, default_device, seed_everything, wri
 from .corpora import find, load_corpus, splits
 from .batching import augment, epoch_batches, one_ahead
 from .data import collate, sha256
-from .distributed import average, processes, row_counts, sum_over_all, world, zero_first
-from .hubert import rate_factors
+from .run.distributed import average, processes, row_counts, sum_over_all, world, zero_first
+from .towers.hubert import rate_factors
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
-from speechimg.runs import (
+from speechimg.run.checkpoints import (
     COLUMNS,
     begin_with,
     board,

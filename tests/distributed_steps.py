@@ -12,13 +12,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import speechimg.alignment as alignment_room
-import speechimg.distributed as distributed_room
+import speechimg.run.distributed as distributed_room
 from speechimg.alignment import Alignment
 from speechimg.core import Config, seed_everything
 from speechimg.data import Batch
-from speechimg.distributed import average, processes
+from speechimg.run.distributed import average, processes
 from speechimg.model import SpeechImageModel
-from speechimg.pretrained import LightImage, LightImageTower, LightSpeechTower
+from speechimg.towers.light import LightImage, LightImageTower, LightSpeechTower
 from speechimg.train import average_of, generator_for, make_optimizer, share, train_step
 
 TINY = {

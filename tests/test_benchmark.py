@@ -11,7 +11,7 @@ import pytest
 import torch
 from miniature import make_corpus
 
-from speechimg.benchmark import FineModel, corpus_task, for_mteb, quiet, run_mteb
+from speechimg.run.mteb import FineModel, corpus_task, for_mteb, quiet, run_mteb
 from speechimg.core import Config, InputError
 from speechimg.corpora import Corpus, load_corpus
 from speechimg.model import SpeechImageModel
@@ -319,12 +319,12 @@ def test_a_wrong_direction_is_named(corpus):
 
 @pytest.mark.slow
 def test_mteb_is_imported_only_when_asked_for():
-    code = "import sys, speechimg.benchmark; sys.exit(any(name.split('.')[0] in ('mteb', 'datasets', 'transformers', 'pandas') for name in sys.modules))"
+    code = "import sys, speechimg.run.mteb; sys.exit(any(name.split('.')[0] in ('mteb', 'datasets', 'transformers', 'pandas') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_without_mteb_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(InputError, match="speechimg.benchmark"):
+    with pytest.raises(InputError, match="speechimg.run.mteb"):
         with quiet():
             pass

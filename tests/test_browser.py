@@ -206,11 +206,11 @@ def explorers(page, control):
 
 
 def test_the_queue_fills_up(run_all):
-    page = run_all("06_queue")
+    page = run_all("07_queue")
     explorer = explorers(page, "momentum").first
     for control in ("step", "batch", "momentum"):
         move(page, explorer, control, key="ArrowLeft" if control == "momentum" else "ArrowRight")
-    keep(page, "06_queue")
+    keep(page, "07_queue")
 
 
 def test_soft_targets(run_all):
@@ -222,15 +222,15 @@ def test_soft_targets(run_all):
 
 
 def test_the_explorers_of_their_chapter(run_all):
-    page = run_all("14_explore")
+    page = run_all("research/explore")
     for control in ("window_ms", "temperature", "momentum", "alpha"):
         move(page, explorers(page, control).first, control)
-    keep(page, "14_explore")
+    keep(page, "research/explore")
 
 
 def test_speak_and_find(run_all):
     "Record, see both rankings, click a picture to hear its captions; an upload that is no sound is refused in words."
-    page = run_all("14b_studio")
+    page = run_all("15_studio")
     page.wait_for_selector(".speechimg-record")
     studio = page.locator(".speechimg-studio").first
     studio.scroll_into_view_if_needed()
@@ -243,7 +243,7 @@ def test_speak_and_find(run_all):
     for stage in ("coarse", "fine"):
         cards = studio.locator(f".speechimg-{stage} .speechimg-hit")
         assert cards.count() == 5 and f"{stage} 1" in cards.first.inner_text()
-    keep(page, "14b_studio")
+    keep(page, "15_studio")
     studio.locator(".speechimg-fine .speechimg-hit").first.click()
     studio.locator(".speechimg-clips audio").first.wait_for()
     studio.locator(".speechimg-file").set_input_files(

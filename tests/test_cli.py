@@ -19,7 +19,8 @@ import torch
 from miniature import draw, image_bytes, make_corpus, make_files, speak, wav_bytes, write_files
 from PIL import Image
 
-from speechimg import cli, page
+from speechimg import cli
+from speechimg.look import page
 from speechimg.core import Config, InputError
 from speechimg.model import SpeechImageModel
 

@@ -17,7 +17,7 @@ from miniature import image_bytes, make_corpus, make_files, speak, wav_bytes, wr
 from PIL import Image
 from test_core import complaint
 
-from speechimg import store as store_module
+from speechimg.files import store as store_module
 from speechimg.core import InputError
 from speechimg.corpora import (
     Corpus,
@@ -28,7 +28,7 @@ from speechimg.corpora import (
     load_probe,
     picture_folder,
 )
-from speechimg.store import Store
+from speechimg.files.store import Store
 
 FILES = make_files(8, 2)
 

@@ -17,12 +17,12 @@ import pytest
 pytest.importorskip("nbgrader")
 
 from speechimg import cli, course  # noqa: E402
-from speechimg.assignments import MARK, all_assignments, functions, read_assignments, stub  # noqa: E402
-from speechimg.classroom import build, grade  # noqa: E402
+from speechimg.course.assignments import MARK, all_assignments, functions, read_assignments, stub  # noqa: E402
+from speechimg.course.grader.classroom import build, grade  # noqa: E402
 from speechimg.core import InputError  # noqa: E402
-from speechimg.grading import Limits, mark, restore, table  # noqa: E402
-from speechimg.handout import library_before, released, source_notebook  # noqa: E402
-from speechimg.sandbox import Ended, Sandbox  # noqa: E402
+from speechimg.course.grader.grading import Limits, mark, restore, table  # noqa: E402
+from speechimg.course.handout import library_before, released, source_notebook  # noqa: E402
+from speechimg.course.grader.sandbox import Ended, Sandbox  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = {one.name: one for one in all_assignments()}
@@ -413,11 +413,11 @@ ATTACKS = {
     "equal to everything": "class Any:\n    def __eq__(self, other): return True\n    def __getattr__(self, name): return self\n    def __call__(self, *a, **k): return self\n    shape = (3, 5)\n\ndef id_targets(ids, key_ids):\n    return Any()",
     "a tensor of one's own": "class Mine(torch.Tensor):\n    def __torch_function__(self, *a, **k): return True\n\ndef id_targets(ids, key_ids):\n    return torch.zeros(3, 5).as_subclass(Mine)",
     "patched comparisons": "import torch.testing\ntorch.testing.assert_close = torch.equal = torch.allclose = torch.isclose = lambda *a, **k: torch.tensor(True)\ntorch.Tensor.all = torch.Tensor.__eq__ = lambda *a, **k: True\ndef id_targets(ids, key_ids):\n    return torch.zeros(len(ids), len(key_ids))",
-    "patched checks": "import speechimg.course, builtins\nspeechimg.course.expect.close = speechimg.course.expect.tensor = lambda *a, **k: None\nexpect = None\nbuiltins.AssertionError = ValueError\ndef id_targets(ids, key_ids):\n    return torch.zeros(len(ids), len(key_ids))",
+    "patched checks": "import speechimg.course.check, builtins\nspeechimg.course.expect.close = speechimg.course.check.expect.tensor = lambda *a, **k: None\nexpect = None\nbuiltins.AssertionError = ValueError\ndef id_targets(ids, key_ids):\n    return torch.zeros(len(ids), len(key_ids))",
     "forged answers": "import gc, json\nfor one in gc.get_objects():\n    if type(one).__name__ == 'Worker':\n        one.answer = lambda **parts: one.wire.send(b'{\"result\": {\"eval\": 1}}')\ndef id_targets(ids, key_ids):\n    return 1",
     "nonsense on the wire": "import os\ndef id_targets(ids, key_ids):\n    os.write(3, b'\\xff' * 4096)\n    return 1",
     "asks the library": "def id_targets(ids, key_ids):\n    from speechimg.sic import id_targets as solution\n    return solution(ids, key_ids)",
-    "reads the chapter": f"def id_targets(ids, key_ids):\n    return open({str(ROOT / 'nbs' / '07_sic.ipynb')!r}).read()",
+    "reads the chapter": f"def id_targets(ids, key_ids):\n    return open({str(ROOT / 'nbs' / '06_sic.ipynb')!r}).read()",
     "raises what it likes": "class Odd(BaseException):\n    pass\n\ndef id_targets(ids, key_ids):\n    raise Odd('x' * 10**7)",
 }
 
@@ -581,7 +581,7 @@ def test_another_user_runs_the_code_where_root_grades(boxes, doors):
 
 
 def test_without_protection_grading_refuses(tmp_path, monkeypatch):
-    from speechimg import gradebook
+    from speechimg.course.grader import gradebook
 
     build(tmp_path / "course", names=("sic",))
 
@@ -702,7 +702,7 @@ def test_marks_are_in_the_gradebook_and_in_a_table(classroom):
 
 
 def test_nothing_is_marked_twice_and_what_changed_is_marked_anew(classroom, monkeypatch):
-    from speechimg import gradebook
+    from speechimg.course.grader import gradebook
 
     folder, marks, _, _ = classroom
     done = []

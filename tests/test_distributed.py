@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import speechimg.train as train_room
 from speechimg.core import Config, InputError
-from speechimg.distributed import (
+from speechimg.run.distributed import (
     World,
     all_rows,
     all_rows_with_gradient,
@@ -30,7 +30,7 @@ from speechimg.distributed import (
     world,
     zero_first,
 )
-from speechimg.runs import checkpoints, latest_checkpoint
+from speechimg.run.checkpoints import checkpoints, latest_checkpoint
 from speechimg.train import share
 
 HERE = Path(__file__).resolve().parent

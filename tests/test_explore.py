@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus
 from speechimg.distillation import soft_targets
-from speechimg.explore import (
+from speechimg.look.explore import (
     explore,
     log_mel,
     mean_of_eight,
@@ -30,7 +30,7 @@ from speechimg.explore import (
 )
 from speechimg.mining import negative_probabilities
 from speechimg.model import SpeechImageModel
-from speechimg.pairs import (
+from speechimg.look.attention_view import (
     fine_table,
     hardest,
     hear_negatives,
@@ -48,7 +48,7 @@ from speechimg.queue import EmbeddingQueue
 from speechimg.retrieval import Embeddings, embed, load_features, recall_at_k, search, two_stages
 from speechimg.sic import id_targets, sic_loss, similarity_logits
 from speechimg.speech import LogMel, mel_power
-from speechimg.studio import FRONT, LOOK, Studio, received, show_answers
+from speechimg.look.studio import FRONT, LOOK, Studio, received, show_answers
 
 RATE = 16_000
 
@@ -120,7 +120,7 @@ def studio(model, corpus_path):
 
 
 def test_importing_needs_no_widgets(root):
-    code = "import sys, speechimg.explore, speechimg.pairs, speechimg.studio; print([name for name in ('ipywidgets', 'anywidget', 'matplotlib.pyplot', 'seaborn') if name in sys.modules])"
+    code = "import sys, speechimg.look.explore, speechimg.look.attention_view, speechimg.look.studio; print([name for name in ('ipywidgets', 'anywidget', 'matplotlib.pyplot', 'seaborn') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

@@ -62,7 +62,7 @@ def sound(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     save(
         folder,
-        "00_core",
+        "research/core",
         notebook("Core", "core", cell(CORE), cell("print(twice(2))", output="4\n")),
     )
     save(
@@ -70,10 +70,10 @@ def sound(tmp_path_factory):
         "01_data",
         notebook("Data", "data", cell(DATA), cell("print(four(2))", output="8\n")),
     )
-    save(folder, "11_model", notebook("Model", "model", cell(MODEL), cell("four(1)", output="4\n")))
+    save(folder, "research/model", notebook("Model", "model", cell(MODEL), cell("four(1)", output="4\n")))
     index = [
         cell(
-            "# speechimg\n> All of it.\n\nStart with [core](00_core.ipynb), see the [licence](../LICENSE).",
+            "# speechimg\n> All of it.\n\nStart with [core](research/core.ipynb), see the [licence](../LICENSE).",
             "markdown",
         ),
         cell("#| echo: false\nprint('a table')", output="a table\n"),
@@ -129,7 +129,7 @@ def misnamed(folder):
 def long_module(folder):
     edit(
         folder,
-        "00_core",
+        "research/core",
         lambda cells: cells[2].update(
             source=CORE + "\n" + "\n".join(f"a{i} = {i}" for i in range(260))
         ),
@@ -165,7 +165,7 @@ def unimportable(folder):
 def cycle(folder):
     edit(
         folder,
-        "00_core",
+        "research/core",
         lambda cells: cells[2].update(
             source=CORE
             + "\n\ndef eight(x):\n    from speechimg.data import four\n    return four(x)"
@@ -176,7 +176,7 @@ def cycle(folder):
 
 def sideways(folder):
     (folder / "speechimg" / "speech.py").write_text("from .data import four\n\nfour(1)\n")
-    save(folder, "03_speech", notebook("Speech", "speech"))
+    save(folder, "04_speech", notebook("Speech", "speech"))
 
 
 def unknown_room(folder):
@@ -365,7 +365,7 @@ def test_looks_sideways(project):
     "What the table allows passes; the same look from another room does not. And the table allows nothing that nobody needs."
     (project / "speechimg" / "speech.py").write_text("x = 1\n")
     (project / "speechimg" / "image.py").write_text("from .speech import x\n")
-    for name in ("03_speech", "04_image", "09_sim"):
+    for name in ("04_speech", "05_image", "09_sim"):
         save(project, name, notebook("Room", name[3:]))
     assert gates.gate_floors(project).findings == []
     (project / "speechimg" / "sim.py").write_text("from .speech import x\n")
@@ -419,7 +419,7 @@ def test_ids_do_not_depend_on_chance(project):
 def test_readme_hides_and_moves_links(sound):
     text = (sound / "README.md").read_text()
     assert "secret" not in text and "print(" not in text and "a table" in text and "#|" not in text
-    assert "](nbs/00_core.ipynb)" in text and "](LICENSE)" in text
+    assert "](nbs/research/core.ipynb)" in text and "](LICENSE)" in text
     assert [path.read_bytes() for path in (sound / "nbs" / "index_files").iterdir()] == [b"hello"]
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from miniature import image_bytes, make_corpus, wav_bytes
 
-import speechimg.hub as hub_room
+import speechimg.run.hub as hub_room
 import speechimg.model as model_room
 from speechimg.core import Config, InputError, data_dir, read_json
 from speechimg.corpora import load_corpus

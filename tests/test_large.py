@@ -28,10 +28,11 @@ from torch import nn
 from torch.testing import assert_close
 from tower_checks import Deaf, check_order, check_padding
 
-from speechimg import hubert, large
+from speechimg.towers import hubert
+from speechimg.towers import blip2 as large
 from speechimg.core import Config, InputError
 from speechimg.data import FeatureCache, sha256
-from speechimg.hubert import (
+from speechimg.towers.hubert import (
     TINY_HUBERT,
     Frozen,
     HubertTower,
@@ -42,7 +43,7 @@ from speechimg.hubert import (
     load_hubert,
     rate_factors,
 )
-from speechimg.large import CLIP, Blip2Tower, load_blip2, paper_towers
+from speechimg.towers.blip2 import CLIP, Blip2Tower, load_blip2, paper_towers
 
 TINY = Config(
     towers="paper",
@@ -1161,7 +1162,7 @@ def test_the_optimiser_gives_each_layer_its_rate():
 STEPS = """
 import json, sys
 from speechimg.core import Config
-from speechimg.distributed import world
+from speechimg.run.distributed import world
 from speechimg.train import train
 config, corpus, out = Config.from_dict(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
 train(config, corpus, out, progress=False)
@@ -1173,7 +1174,7 @@ def test_everything_at_once_by_two_processes(tmp_path):
     "Tiny HuBERT and BLIP-2 that learn, checkpointing, bfloat16, Q-Former, micro-batches, layer decay: trained by two processes, saved, loaded, evaluated; and nobody talks."
     from speechimg.corpora import load_corpus
     from speechimg.retrieval import evaluate, load_features, load_model
-    from speechimg.runs import latest_checkpoint
+    from speechimg.run.checkpoints import latest_checkpoint
 
     corpus = make_corpus(tmp_path / "mini", n_images=12)
     settings = TINY.to_dict() | {

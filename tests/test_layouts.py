@@ -13,11 +13,11 @@ import torch
 from miniature import make_corpus, wav_bytes, write_files
 from test_core import complaint
 
-from speechimg import layouts
+from speechimg.files import layouts
 from speechimg.core import Config, InputError
 from speechimg.corpora import check_corpus, corpus_table, find, load_corpus, splits
-from speechimg.layouts import detect
-from speechimg.store import Store
+from speechimg.files.layouts import detect
+from speechimg.files.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*restore what is missing")
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from speechimg import plan as room
+from speechimg.run import plan as room
 from speechimg.core import Config, InputError, write_json
 from speechimg.batching import augment_speech
-from speechimg.plan import Live, amount, assumed, measure, plan, profile_step, report
+from speechimg.run.plan import Live, amount, assumed, measure, plan, profile_step, report
 
 SMALL = dict(
     width=32,

@@ -27,9 +27,10 @@ from tower_checks import (
     no_peak,
 )
 
-from speechimg import pretrained, speech
+from speechimg import speech
+from speechimg.towers import light as pretrained
 from speechimg.core import Config, InputError
-from speechimg.pretrained import (
+from speechimg.towers.light import (
     LightImage,
     LightImageTower,
     LightSpeech,
@@ -239,7 +240,7 @@ def test_import_is_light():
         "matplotlib",
         "seaborn",
     )
-    code = f"import sys, speechimg.speech, speechimg.image, speechimg.pretrained; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, speechimg.speech, speechimg.image, speechimg.towers.light; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from speechimg.core import InputError
 from speechimg.corpora import load_corpus
-from speechimg.project import (
+from speechimg.course.project import (
     COLUMNS,
     as_markdown,
     build_folder,

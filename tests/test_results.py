@@ -1,4 +1,4 @@
-"The runs behind nbs/15_results.ipynb: a plan without holes, noise that is as much as it says, and lines that fit the plan."
+"The runs behind nbs/14_results.ipynb: a plan without holes, noise that is as much as it says, and lines that fit the plan."
 
 import json
 import subprocess

@@ -24,7 +24,7 @@ from speechimg.alignment import Alignment  # noqa: E402
 from speechimg.core import Config, InputError, atomic_write, read_json  # noqa: E402
 from speechimg.data import FeatureCache, decode_audio, sha256  # noqa: E402
 from speechimg.model import SpeechImageModel  # noqa: E402
-from speechimg.runs import checkpoints, latest_checkpoint, restore, save_checkpoint  # noqa: E402
+from speechimg.run.checkpoints import checkpoints, latest_checkpoint, restore, save_checkpoint  # noqa: E402
 
 # The experiments
 

@@ -21,7 +21,7 @@ import torch
 from miniature import make_corpus
 from torch import nn
 
-import speechimg.runs as runs_room
+import speechimg.run.checkpoints as runs_room
 import speechimg.train as train_room
 from speechimg.attention import Block, Encoded
 from speechimg.core import Config, InputError, read_json

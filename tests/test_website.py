@@ -99,7 +99,7 @@ def test_search_knows_words_and_names(site):
 
 @pytest.mark.slow
 def test_formulas_need_no_other_host(site):
-    page = (site / "07_sic.html").read_text(encoding="utf-8")
+    page = (site / "06_sic.html").read_text(encoding="utf-8")
     assert "_static/mathjax/tex-chtml.js" in page and "math notranslate" in page
     assert (site / "_static" / "mathjax" / "tex-chtml.js").exists()
     assert list((site / "_static" / "mathjax").rglob("*.woff"))
@@ -107,7 +107,7 @@ def test_formulas_need_no_other_host(site):
 
 BROKEN = {
     '<a href="07_sick.html">x</a>': "leads to 07_sick.html, which is not here",
-    '<a href="07_sic.html#nowhere">x</a>': "leads to 07_sic.html#nowhere, which has no such place",
+    '<a href="06_sic.html#nowhere">x</a>': "leads to 06_sic.html#nowhere, which has no such place",
     '<a href="../../etc/passwd">x</a>': "leads to ../../etc/passwd, which is not here",
     '<img src="_images/gone.png">': "leads to _images/gone.png, which is not here",
     '<img srcset="https://example.org/z.png 2x">': "needs https://example.org/z.png of another host",
@@ -176,7 +176,7 @@ def test_page_of_a_notebook(tmp_path):
         code("#| default_exp core"), code("#| hide\nsecret = 1"), code("#| export\ndef f(): pass"), code("#| echo: false\n#| fig-alt: a cat\nshow()", show(picture)),
         code("explore()", show(dict(slider)), show(slider | picture)),
     ]  # fmt: skip
-    path = tmp_path / "00_core.ipynb"
+    path = tmp_path / "research/core.ipynb"
     path.write_text(
         json.dumps(
             {"cells": cells, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}
@@ -202,15 +202,15 @@ def test_page_of_a_notebook(tmp_path):
 
 def test_contents_take_up_whatever_exists():
     text = website.contents(
-        {"00_core": "Core", "07_sic": "Loss", "15_results": "Results", "99z_new": "New"},
+        {"research/core": "Core", "06_sic": "Loss", "14_results": "Results", "99z_new": "New"},
         ["data/soak"],
     )
     order = [
         "Start",
-        "00 Core <00_core>",
+        "00 Core <research/core>",
         "The coarse stage",
-        "07 Loss <07_sic>",
-        "15 Results <15_results>",
+        "07 Loss <06_sic>",
+        "15 Results <14_results>",
         "data/soak",
         "In use",
         "99z New <99z_new>",

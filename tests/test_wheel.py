@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import notebooks  # noqa: E402
 
-from speechimg.overview import boxes_of  # noqa: E402
+from speechimg.look.overview import boxes_of  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def test_data_is_found_or_one_line_says_how_to_get_it(installed, tmp_path):
     assert "clone" in last and "SPEECHIMG_DATA" in last
 
 
-@pytest.mark.parametrize("name", ["index", "01b_store", "07_sic", "10c_hub", "11_model"])
+@pytest.mark.parametrize("name", ["index", "research/store", "06_sic", "research/hub", "research/model"])
 def test_a_notebook_in_an_empty_folder(name, installed, tmp_path, monkeypatch):
     for key, value in environment(installed, ROOT / "data").items():
         monkeypatch.setenv(key, value)
@@ -128,7 +128,7 @@ def test_the_first_code_cell_installs_what_is_missing(path):
 @pytest.mark.parametrize("path", notebooks.paths(ROOT), ids=lambda path: path.stem)
 def test_every_chapter_opens_with_the_map_of_its_own_part(path):
     cells = [cell for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "code"]
-    if path.stem in ("index", "00a_overview", "15_results"):  # these are about all of it
+    if path.stem in ("index", "research/overview", "14_results"):  # these are about all of it
         return
     (room,) = re.findall(r'draw_map\("(\w+)"\)', notebooks.source(cells[0]))
     module = re.findall(r"(?m)^#\| default_exp (\w+)", "\n".join(map(notebooks.source, cells)))

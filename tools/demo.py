@@ -109,7 +109,7 @@ def human_queries(stamps, count: int = 3) -> list[int]:
 
 def answer_people(model) -> Path:
     "Part 3: three recordings, the first pictures for each, and a page to look at and listen to."
-    from speechimg.page import Answer, write_page
+    from speechimg.look.page import Answer, write_page
     from speechimg.corpora import load_corpus
     from speechimg.retrieval import open_gallery, search
 

@@ -127,8 +127,8 @@ def tree(root: Path) -> list[Path]:
 def modules(root: Path) -> dict[str, Path]:
     "The library's modules by name, without what nbdev writes for itself."
     return {
-        path.stem: path
-        for path in sorted((root / "speechimg").glob("*.py"))
+        path.relative_to(root / "speechimg").with_suffix("").as_posix().replace("/", "."): path
+        for path in sorted((root / "speechimg").rglob("*.py"))
         if not path.stem.startswith("_")
     }
 
@@ -175,7 +175,7 @@ def gate_modules(root: Path) -> Report:
         here = {path.relative_to(root).as_posix(): path for path in tree(root)}
         made = {
             path.relative_to(copy).as_posix(): path
-            for path in [*copy.glob("nbs/*.ipynb"), *copy.glob("speechimg/**/*")]
+            for path in [*copy.glob("nbs/**/*.ipynb"), *copy.glob("speechimg/**/*")]
         }
         made = {name: path for name, path in made.items() if path.is_file()}
         for name in sorted(set(here) - set(made)):
@@ -399,7 +399,7 @@ def gate_skipped(root: Path) -> Report:
 
 def gate_assignments(root: Path) -> Report:
     "Each mark of an assignment can be understood, and each assignment has what it needs."
-    from speechimg.assignments import read_assignments
+    from speechimg.course.assignments import read_assignments
 
     findings, found = [], []
     for path in notebooks.paths(root):

@@ -1,7 +1,7 @@
 """Everything that is done to the notebooks from outside.
 
-    python tools/notebooks.py test [07_sic ...]  # nbdev_test, two at a time, each one timed
-    python tools/notebooks.py run [07_sic ...]   # run in place and keep the outputs, then clean
+    python tools/notebooks.py test [06_sic ...]  # nbdev_test, two at a time, each one timed
+    python tools/notebooks.py run [06_sic ...]   # run in place and keep the outputs, then clean
     python tools/notebooks.py export             # ids, no dead sliders, nbdev_clean, nbdev_export
 
 Named without folder or ending; no name means all of them.
@@ -29,11 +29,18 @@ NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
 
 
 def paths(root: Path) -> list[Path]:
-    "The notebooks of a tree, in reading order: the numbered ones, then the others."
+    """The notebooks of a tree, in reading order: the shelf of learners, then the others."""
     found = [
-        path for path in (root / "nbs").glob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+        path
+        for path in (root / "nbs").rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
     ]
-    return sorted(found, key=lambda path: (not path.name[:1].isdigit(), path.name))
+    return sorted(found, key=lambda path: (len(path.parts), not path.name[:1].isdigit(), path))
+
+
+def name_of(path: Path, root: Path = ROOT) -> str:
+    """What a notebook is called on the command line: 06_sic, research/hub."""
+    return path.relative_to(root / "nbs").with_suffix("").as_posix()
 
 
 def read(path: Path) -> dict:
@@ -132,13 +139,13 @@ def export(root: Path) -> None:
         done = nbdev(root, module, name)
         if done.returncode != 0:
             raise RuntimeError(f"{name} failed:\n{done.stderr.strip()}")
-    if (root / "speechimg" / "handout.py").exists():
+    if (root / "speechimg" / "course" / "handout.py").exists():
         write_catalogue(root)
 
 
 def write_catalogue(root: Path) -> None:
-    "Write speechimg/course.json, the checks that learners may see, from the marks in the chapters."
-    code = "from pathlib import Path; from speechimg.handout import write_catalogue; write_catalogue(Path('nbs'), Path('speechimg/course.json'))"
+    "Write speechimg/course/course.json, the checks that learners may see, from the marks in the chapters."
+    code = "from pathlib import Path; from speechimg.course.handout import write_catalogue; write_catalogue(Path('nbs'), Path('speechimg/course/course.json'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,
@@ -179,14 +186,14 @@ def test(chosen: list[Path], workers: int) -> int:
     "nbdev_test on each notebook, `workers` at a time, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-    chosen = sorted(chosen, key=lambda path: -known.get(path.stem, SECONDS))
+    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
     failed = []
     with ThreadPoolExecutor(workers) as pool:
         for path, (seconds, problem) in zip(chosen, pool.map(test_one, chosen)):
-            known[path.stem] = round(seconds, 1)
+            known[name_of(path)] = round(seconds, 1)
             late = f"  over {SECONDS} s" if seconds > SECONDS else ""
             print(
-                f"  {'FAILED' if problem else 'passed'}  {path.stem:<18} {seconds:6.1f} s{late}",
+                f"  {'FAILED' if problem else 'passed'}  {name_of(path):<24} {seconds:6.1f} s{late}",
                 flush=True,
             )
             if problem:
@@ -224,7 +231,7 @@ def run(chosen: list[Path]) -> None:
         half = path.with_suffix(".tmp")
         nbformat.write(notebook, half)
         os.replace(half, path)
-        print(f"  ran     {path.stem:<18} {time.monotonic() - start:6.1f} s", flush=True)
+        print(f"  ran     {name_of(path):<24} {time.monotonic() - start:6.1f} s", flush=True)
 
 
 def main() -> None:
@@ -235,7 +242,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="how many are tested at a time")
     options = parser.parse_args()
-    there = {path.stem: path for path in paths(ROOT)}
+    there = {name_of(path): path for path in paths(ROOT)}
     unknown = [name for name in options.names if name not in there]
     if unknown:
         sys.exit(f"no notebook called {', '.join(unknown)}; there are {', '.join(there)}")

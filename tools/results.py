@@ -1,4 +1,4 @@
-"""The paper's questions at our scale: every run behind nbs/15_results.ipynb, one JSON line each in data/results.jsonl.
+"""The paper's questions at our scale: every run behind nbs/14_results.ipynb, one JSON line each in data/results.jsonl.
 
     python tools/results.py                    # all that is missing, two runs at a time, each on one core; hours
     python tools/results.py ablation noise     # only these experiments
@@ -527,7 +527,7 @@ def commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Run the experiments of nbs/15_results.ipynb that are missing."
+        description="Run the experiments of nbs/14_results.ipynb that are missing."
     )
     parser.add_argument(
         "experiments",
