@@ -8,13 +8,25 @@ lists origins and licences. Speech needs the Debian packages espeak-ng, flite, f
 festvox-kdlpc16k and festvox-us-slt-hts. Drawing needs resvg_py (rasterises SVG with anti-aliasing).
 """
 
-import argparse, functools, io, itertools, json, math, multiprocessing, random, re, subprocess, tempfile, zipfile
+import argparse
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import re
+import subprocess
+import tempfile
+import zipfile
 from pathlib import Path
 
-import numpy as np, soundfile as sf, soxr
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
+import numpy as np
+import soundfile as sf
 import sources
+import soxr
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SEED, SIDE, RATE = 2408, 192, 16_000
 # noun -> emoji code point. Those that `stamps` also names in English come first.

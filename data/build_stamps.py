@@ -25,10 +25,9 @@ from pathlib import Path
 import numpy as np
 import resvg_py
 import soundfile
+import sources
 import soxr
 from PIL import Image
-
-import sources
 
 PACKAGE = "tuxpaint-stamps-default"
 SEED = 2022

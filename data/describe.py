@@ -4,7 +4,10 @@ python data/describe.py            # prints them
 python data/describe.py --write    # puts them into README.md, between its markers
 """
 
-import argparse, json, re, zipfile
+import argparse
+import json
+import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 

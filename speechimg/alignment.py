@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import Encoded
+from .distillation import alpha_ramp, soft_targets
+from .mining import sample_negatives
+from .queue import EmbeddingQueue, half_precision, make_teacher, update_momentum
 from speechimg.run.distributed import (
     all_rows,
     all_rows_with_gradient,
@@ -23,9 +26,6 @@ from speechimg.run.distributed import (
     sum_over_all,
     world,
 )
-from .distillation import alpha_ramp, soft_targets
-from .mining import sample_negatives
-from .queue import EmbeddingQueue, half_precision, make_teacher, update_momentum
 from .sic import clamp_temperature, id_targets, sic_loss, similarity_logits
 from .sim import sim_loss
 

@@ -216,7 +216,7 @@ class Search:
 
     def run(self):
         from speechimg.core import InputError
-        from speechimg.data import SAMPLE_RATE, decode_audio, is_silent
+        from speechimg.files.decode import SAMPLE_RATE, decode_audio, is_silent
 
         if self.top < 1:
             raise InputError("--top", f"{self.top} shows nothing", "give at least 1")

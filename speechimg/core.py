@@ -7,7 +7,10 @@ __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'setting', '
            'default_device', 'data_dir', 'cache_dir', 'memory_limit', 'set_theme']
 
 # %% ../nbs/research/core.ipynb #df71e406
-import difflib, json, os, random
+import difflib
+import json
+import os
+import random
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path

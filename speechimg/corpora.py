@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from .core import InputError, data_dir
-from .data import decode_audio, decode_image, is_silent, sha256
+from .files.cache import sha256
+from .files.decode import decode_audio, decode_image, is_silent
 from .files.layouts import SplitList, alias, detect, layout_splits, read_layout
 from .files.store import Store, manifest, safe, typed
 

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .core import Config, InputError
-from .data import MAX_SIDE, SAMPLE_RATE, decode_audio, decode_image, to_rgb
-from .run.hub import HubModel
+from .files.decode import MAX_SIDE, SAMPLE_RATE, decode_audio, decode_image, to_rgb
 from .image import ImageTower
-from .towers.blip2 import paper_towers
-from .towers.light import LightImageTower, LightSpeechTower
+from .run.hub import HubModel
 from .sim import MultimodalEncoder
 from .speech import SpeechTower
+from .towers.blip2 import paper_towers
+from .towers.light import LightImageTower, LightSpeechTower
 
 # %% ../nbs/research/model.ipynb #a8252176
 def build_towers(

@@ -7,6 +7,7 @@ __all__ = ['make_teacher', 'update_momentum', 'ring_slots', 'EmbeddingQueue', 'T
 
 # %% ../nbs/07_queue.ipynb #b05c601b
 import copy
+
 import torch
 from torch import nn
 

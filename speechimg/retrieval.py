@@ -21,7 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .core import Config, InputError, cache_dir, data_dir, default_device
 from .corpora import Corpus, find, load_corpus, picture_folder, splits
-from .data import SAMPLE_RATE, FeatureCache, Features
+from .data import Features
+from .files.cache import FeatureCache
+from .files.decode import SAMPLE_RATE
 from .model import SpeechImageModel
 
 # %% ../nbs/12_retrieval.ipynb #d5391a42

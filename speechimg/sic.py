@@ -7,6 +7,7 @@ __all__ = ['id_targets', 'similarity_logits', 'SicOutput', 'sic_loss', 'clamp_te
 
 # %% ../nbs/06_sic.ipynb #8852eb22
 from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
 

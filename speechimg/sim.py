@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+
 from .attention import Block
 
 # %% ../nbs/09_sim.ipynb #a262af84

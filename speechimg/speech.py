@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import nn
 
 from .attention import Block, Encoded, clean
-
 from .core import InputError
 
 # %% ../nbs/04_speech.ipynb #0e24d4ae

@@ -7,7 +7,10 @@ __all__ = ['learning_rate', 'make_optimizer', 'layer_rates', 'generator_for', 'b
            'sibling_trials', 'prepare', 'Steps', 'share', 'train', 'together']
 
 # %% ../nbs/13_train.ipynb #14fe1495
-import math, shutil, time, warnings
+import math
+import shutil
+import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .alignment import Alignment, encode
 from .core import InputError, atomic_write, default_device, seed_everything, write_json
 from .corpora import find, load_corpus, splits
-from .batching import augment, epoch_batches, one_ahead
-from .data import collate, sha256
-from .run.distributed import average, processes, row_counts, sum_over_all, world, zero_first
-from .towers.hubert import rate_factors
+from .data import augment, collate, epoch_batches, one_ahead
+from .files.cache import sha256
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
 from speechimg.run.checkpoints import (
@@ -37,6 +38,15 @@ from speechimg.run.checkpoints import (
     save_checkpoint,
     validation_row,
 )
+from speechimg.run.distributed import (
+    average,
+    processes,
+    row_counts,
+    sum_over_all,
+    world,
+    zero_first,
+)
+from .towers.hubert import rate_factors
 
 # %% ../nbs/13_train.ipynb #8027b51c
 def learning_rate(config, step):  # Config, optimiser steps done so far
@@ -484,6 +494,7 @@ if (
     __name__ == "__main__" and "__file__" in globals()
 ):  # torchrun --nproc-per-node N -m speechimg.train --corpus ... --out ...
     import sys
+
     from speechimg.cli import main  # above this room, but nobody imports it from here
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -16,8 +16,8 @@ import speechimg.run.distributed as distributed_room
 from speechimg.alignment import Alignment
 from speechimg.core import Config, seed_everything
 from speechimg.data import Batch
-from speechimg.run.distributed import average, processes
 from speechimg.model import SpeechImageModel
+from speechimg.run.distributed import average, processes
 from speechimg.towers.light import LightImage, LightImageTower, LightSpeechTower
 from speechimg.train import average_of, generator_for, make_optimizer, share, train_step
 

@@ -15,15 +15,9 @@ from PIL import Image
 from test_core import complaint
 
 from speechimg.corpora import check_corpus, load_corpus, picture_folder
-from speechimg.data import (
-    MAX_SIDE,
-    SAMPLE_RATE,
-    FeatureCache,
-    Features,
-    decode_audio,
-    decode_image,
-    is_silent,
-)
+from speechimg.data import Features
+from speechimg.files.cache import FeatureCache
+from speechimg.files.decode import MAX_SIDE, SAMPLE_RATE, decode_audio, decode_image, is_silent
 
 WAVE = speak(["red circle", "blue square"])
 FLAC = wav_bytes(WAVE, format="FLAC")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from miniature import make_corpus
 
-from speechimg.run.mteb import FineModel, corpus_task, for_mteb, quiet, run_mteb
 from speechimg.core import Config, InputError
 from speechimg.corpora import Corpus, load_corpus
 from speechimg.model import SpeechImageModel
 from speechimg.retrieval import evaluate, load_features, load_model
+from speechimg.run.mteb import FineModel, corpus_task, for_mteb, quiet, run_mteb
 
 WAYS = {"a2i": "speech_to_image", "i2a": "image_to_speech"}
 

@@ -20,8 +20,8 @@ from miniature import draw, image_bytes, make_corpus, make_files, speak, wav_byt
 from PIL import Image
 
 from speechimg import cli
-from speechimg.look import page
 from speechimg.core import Config, InputError
+from speechimg.look import page
 from speechimg.model import SpeechImageModel
 
 TINY = {

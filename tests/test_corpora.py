@@ -17,7 +17,6 @@ from miniature import image_bytes, make_corpus, make_files, speak, wav_bytes, wr
 from PIL import Image
 from test_core import complaint
 
-from speechimg.files import store as store_module
 from speechimg.core import InputError
 from speechimg.corpora import (
     Corpus,
@@ -28,6 +27,7 @@ from speechimg.corpora import (
     load_probe,
     picture_folder,
 )
+from speechimg.files import store as store_module
 from speechimg.files.store import Store
 
 FILES = make_files(8, 2)
@@ -93,7 +93,7 @@ def test_what_a_manifest_says_is_what_is_loaded(place):
 
 
 def test_pictures_of_one_meaning_share_an_id_and_are_never_negatives(place):
-    from speechimg.batching import epoch_batches
+    from speechimg.data import epoch_batches
     from speechimg.mining import negative_probabilities
     from speechimg.sic import id_targets
 

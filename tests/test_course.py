@@ -17,12 +17,12 @@ import pytest
 pytest.importorskip("nbgrader")
 
 from speechimg import cli, course  # noqa: E402
+from speechimg.core import InputError  # noqa: E402
 from speechimg.course.assignments import MARK, all_assignments, functions, read_assignments, stub  # noqa: E402
 from speechimg.course.grader.classroom import build, grade  # noqa: E402
-from speechimg.core import InputError  # noqa: E402
 from speechimg.course.grader.grading import Limits, mark, restore, table  # noqa: E402
-from speechimg.course.handout import library_before, released, source_notebook  # noqa: E402
 from speechimg.course.grader.sandbox import Ended, Sandbox  # noqa: E402
+from speechimg.course.handout import library_before, released, source_notebook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = {one.name: one for one in all_assignments()}

@@ -20,19 +20,11 @@ from PIL import Image
 from test_core import ROOT, complaint
 
 from speechimg import data
-from speechimg.corpora import load_corpus
 from speechimg.core import InputError, memory_limit
-from speechimg.batching import augment, epoch_batches
-from speechimg.data import (
-    Batch,
-    FeatureCache,
-    Features,
-    collate,
-    decode_audio,
-    decode_image,
-    sha256,
-    speech_mask,
-)
+from speechimg.corpora import load_corpus
+from speechimg.data import Batch, Features, augment, collate, epoch_batches, speech_mask
+from speechimg.files.cache import FeatureCache, sha256
+from speechimg.files.decode import decode_audio, decode_image
 
 
 def generator(seed=0):
@@ -419,7 +411,7 @@ WRITER = """
 import sys, os
 sys.path.insert(0, {root!r})
 import numpy as np
-from speechimg.data import FeatureCache, sha256
+from speechimg.files.cache import FeatureCache, sha256
 array = np.arange(2_000_000, dtype=np.float32)
 cache = FeatureCache({folder!r})
 print("ready", flush=True)
@@ -998,7 +990,7 @@ def test_miniature_files_are_what_they_seem():
 @given(st.lists(st.integers(), max_size=9), st.integers(0, 9))
 def test_one_ahead_changes_nothing(items, broken):
     "The same items in the same order; what fetching one of them raises comes after those before it."
-    from speechimg.batching import one_ahead
+    from speechimg.data import one_ahead
 
     def source():
         for place, item in enumerate(items):
@@ -1017,7 +1009,7 @@ def test_one_ahead_changes_nothing(items, broken):
 
 
 def test_one_ahead_fetches_while_the_last_one_is_used():
-    from speechimg.batching import one_ahead
+    from speechimg.data import one_ahead
 
     fetched, began = [], threading.Event()
 
@@ -1036,6 +1028,6 @@ def test_one_ahead_fetches_while_the_last_one_is_used():
 
 def test_a_loop_that_is_left_early_ends():
     "An interrupted training must not hang at its end, waiting for a batch that nobody wants."
-    code = "from speechimg.batching import one_ahead\nfor item in one_ahead(iter(range(10**9))):\n    if item == 5: raise KeyboardInterrupt"
+    code = "from speechimg.data import one_ahead\nfor item in one_ahead(iter(range(10**9))):\n    if item == 5: raise KeyboardInterrupt"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "KeyboardInterrupt" in done.stderr

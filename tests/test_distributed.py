@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import speechimg.train as train_room
 from speechimg.core import Config, InputError
+from speechimg.run.checkpoints import checkpoints, latest_checkpoint
 from speechimg.run.distributed import (
     World,
     all_rows,
@@ -30,7 +31,6 @@ from speechimg.run.distributed import (
     world,
     zero_first,
 )
-from speechimg.run.checkpoints import checkpoints, latest_checkpoint
 from speechimg.train import share
 
 HERE = Path(__file__).resolve().parent

@@ -15,21 +15,6 @@ from torch.testing import assert_close
 from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus
 from speechimg.distillation import soft_targets
-from speechimg.look.explore import (
-    explore,
-    log_mel,
-    mean_of_eight,
-    pick_batch,
-    png,
-    sheet,
-    show_queue,
-    show_similarities,
-    show_spectrogram,
-    show_targets,
-    walk,
-)
-from speechimg.mining import negative_probabilities
-from speechimg.model import SpeechImageModel
 from speechimg.look.attention_view import (
     fine_table,
     hardest,
@@ -44,11 +29,26 @@ from speechimg.look.attention_view import (
     show_strip,
     uri,
 )
+from speechimg.look.explore import (
+    explore,
+    log_mel,
+    mean_of_eight,
+    pick_batch,
+    png,
+    sheet,
+    show_queue,
+    show_similarities,
+    show_spectrogram,
+    show_targets,
+    walk,
+)
+from speechimg.look.studio import FRONT, LOOK, Studio, received, show_answers
+from speechimg.mining import negative_probabilities
+from speechimg.model import SpeechImageModel
 from speechimg.queue import EmbeddingQueue
 from speechimg.retrieval import Embeddings, embed, load_features, recall_at_k, search, two_stages
 from speechimg.sic import id_targets, sic_loss, similarity_logits
 from speechimg.speech import LogMel, mel_power
-from speechimg.look.studio import FRONT, LOOK, Studio, received, show_answers
 
 RATE = 16_000
 

@@ -70,7 +70,11 @@ def sound(tmp_path_factory):
         "01_data",
         notebook("Data", "data", cell(DATA), cell("print(four(2))", output="8\n")),
     )
-    save(folder, "research/model", notebook("Model", "model", cell(MODEL), cell("four(1)", output="4\n")))
+    save(
+        folder,
+        "research/model",
+        notebook("Model", "model", cell(MODEL), cell("four(1)", output="4\n")),
+    )
     index = [
         cell(
             "# speechimg\n> All of it.\n\nStart with [core](research/core.ipynb), see the [licence](../LICENSE).",

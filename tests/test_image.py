@@ -25,7 +25,6 @@ from speechimg import speech
 from speechimg.core import Config, InputError
 from speechimg.image import ImageTower, Pixels, square
 
-
 # ------------------------------------------------------------------------------------------------ square
 
 

@@ -153,6 +153,7 @@ def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
 def test_the_front_page_asks_what_the_demo_asks():
     "The notebook draws its three recordings itself, so that it runs without tools/; the lot is the same."
     import demo
+
     from speechimg.corpora import load_corpus
 
     names, stamps = {}, load_corpus("stamps", "all")

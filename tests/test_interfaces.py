@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from miniature import image_bytes, make_corpus, wav_bytes
 
-import speechimg.run.hub as hub_room
 import speechimg.model as model_room
+import speechimg.run.hub as hub_room
 from speechimg.core import Config, InputError, data_dir, read_json
 from speechimg.corpora import load_corpus
 from speechimg.model import SpeechImageModel

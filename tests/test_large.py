@@ -28,10 +28,11 @@ from torch import nn
 from torch.testing import assert_close
 from tower_checks import Deaf, check_order, check_padding
 
-from speechimg.towers import hubert
-from speechimg.towers import blip2 as large
 from speechimg.core import Config, InputError
-from speechimg.data import FeatureCache, sha256
+from speechimg.files.cache import FeatureCache, sha256
+from speechimg.towers import blip2 as large
+from speechimg.towers import hubert
+from speechimg.towers.blip2 import CLIP, Blip2Tower, load_blip2, paper_towers
 from speechimg.towers.hubert import (
     TINY_HUBERT,
     Frozen,
@@ -43,7 +44,6 @@ from speechimg.towers.hubert import (
     load_hubert,
     rate_factors,
 )
-from speechimg.towers.blip2 import CLIP, Blip2Tower, load_blip2, paper_towers
 
 TINY = Config(
     towers="paper",
@@ -1043,8 +1043,8 @@ def test_the_whole_picture_is_seen():
     ],
 )
 def test_whole_steps_of_training(values):
-    from speechimg.data import Batch
     from speechimg.alignment import Alignment
+    from speechimg.data import Batch
     from speechimg.model import SpeechImageModel
 
     torch.manual_seed(0)

@@ -13,9 +13,9 @@ import torch
 from miniature import make_corpus, wav_bytes, write_files
 from test_core import complaint
 
-from speechimg.files import layouts
 from speechimg.core import Config, InputError
 from speechimg.corpora import check_corpus, corpus_table, find, load_corpus, splits
+from speechimg.files import layouts
 from speechimg.files.layouts import detect
 from speechimg.files.store import Store
 
@@ -123,7 +123,7 @@ def test_fingerprints_tell_lists_apart(tmp_path, name):
 
 
 def test_the_fingerprint_of_our_own_layout_is_that_of_its_manifest(tmp_path):
-    from speechimg.data import sha256
+    from speechimg.files.cache import sha256
 
     corpus = load_corpus(make_corpus(tmp_path / "mini", 4), "val")
     assert (

@@ -12,10 +12,10 @@ from torch import nn
 
 import speechimg.alignment as model_room
 import speechimg.model as towers_room
+from speechimg.alignment import Alignment, encode, gather
 from speechimg.attention import Encoded
 from speechimg.core import Config, InputError
 from speechimg.data import Batch
-from speechimg.alignment import Alignment, encode, gather
 from speechimg.model import SpeechImageModel
 from speechimg.queue import make_teacher, update_momentum
 

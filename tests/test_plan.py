@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from speechimg.run import plan as room
 from speechimg.core import Config, InputError, write_json
-from speechimg.batching import augment_speech
+from speechimg.data import augment_speech
+from speechimg.run import plan as room
 from speechimg.run.plan import Live, amount, assumed, measure, plan, profile_step, report
 
 SMALL = dict(

@@ -28,8 +28,8 @@ from tower_checks import (
 )
 
 from speechimg import speech
-from speechimg.towers import light as pretrained
 from speechimg.core import Config, InputError
+from speechimg.towers import light as pretrained
 from speechimg.towers.light import (
     LightImage,
     LightImageTower,

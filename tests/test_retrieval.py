@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from miniature import image_bytes, draw, make_corpus, make_files, write_files
+from miniature import draw, image_bytes, make_corpus, make_files, write_files
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,7 +21,6 @@ from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus, load_probe
 from speechimg.data import speech_mask
 from speechimg.model import SpeechImageModel
-from speechimg.sim import MultimodalEncoder
 from speechimg.retrieval import (
     embed,
     evaluate,
@@ -38,6 +37,7 @@ from speechimg.retrieval import (
     swap_trials,
     two_stages,
 )
+from speechimg.sim import MultimodalEncoder
 
 BOTH = ("speech_to_image", "image_to_speech")
 

@@ -1,6 +1,10 @@
 """The shipped `scenes` archives keep what data/README.md promises: splits by content and voice, a held-out style, new voices on known pictures, a fair probe."""
 
-import io, itertools, json, sys, zipfile
+import io
+import itertools
+import json
+import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 

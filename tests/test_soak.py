@@ -22,7 +22,8 @@ import soak_files  # noqa: E402
 import speechimg.cli as cli_room  # noqa: E402
 from speechimg.alignment import Alignment  # noqa: E402
 from speechimg.core import Config, InputError, atomic_write, read_json  # noqa: E402
-from speechimg.data import FeatureCache, decode_audio, sha256  # noqa: E402
+from speechimg.files.cache import FeatureCache, sha256
+from speechimg.files.decode import decode_audio  # noqa: E402
 from speechimg.model import SpeechImageModel  # noqa: E402
 from speechimg.run.checkpoints import checkpoints, latest_checkpoint, restore, save_checkpoint  # noqa: E402
 

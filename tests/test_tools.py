@@ -178,6 +178,7 @@ def test_bar():
 def miniature_project(tmp_path_factory):
     "A data folder with miniature corpora and a model that has learnt nothing."
     import miniature
+
     from speechimg.core import Config, write_json
     from speechimg.model import SpeechImageModel
 

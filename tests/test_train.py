@@ -23,10 +23,11 @@ from torch import nn
 
 import speechimg.run.checkpoints as runs_room
 import speechimg.train as train_room
+from speechimg.alignment import Alignment
 from speechimg.attention import Block, Encoded
 from speechimg.core import Config, InputError, read_json
-from speechimg.data import Batch, sha256, speech_mask
-from speechimg.alignment import Alignment
+from speechimg.data import Batch, speech_mask
+from speechimg.files.cache import sha256
 from speechimg.model import SpeechImageModel
 from speechimg.train import (
     COLUMNS,
@@ -238,7 +239,9 @@ def in_child(work):
 
 def drive(corpus, folder):
     "In a process of its own: kill a run at every moment, then resume it. A fork per run spares the imports."
-    import matplotlib.figure, pandas, seaborn  # noqa: E401, F401  imported once for all children
+    import matplotlib.figure  # noqa: E401, F401  imported once for all children
+    import pandas
+    import seaborn
 
     for number, bomb in enumerate(MOMENTS.values()):
         out = Path(folder) / str(number)

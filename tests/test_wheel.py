@@ -98,7 +98,9 @@ def test_data_is_found_or_one_line_says_how_to_get_it(installed, tmp_path):
     assert "clone" in last and "SPEECHIMG_DATA" in last
 
 
-@pytest.mark.parametrize("name", ["index", "research/store", "06_sic", "research/hub", "research/model"])
+@pytest.mark.parametrize(
+    "name", ["index", "research/store", "06_sic", "research/hub", "research/model"]
+)
 def test_a_notebook_in_an_empty_folder(name, installed, tmp_path, monkeypatch):
     for key, value in environment(installed, ROOT / "data").items():
         monkeypatch.setenv(key, value)

@@ -7,7 +7,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from speechimg.attention import Attention, clean
-
 from speechimg.core import Config
 
 TINY = Config(width=16, heads=2, speech_depth=2, image_depth=2, dropout=0.1)

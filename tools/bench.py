@@ -197,7 +197,7 @@ def loader(quick):
     "Batches made by one worker while the step runs: how long the step waits, of what the batches take"
     import torch
 
-    from speechimg.batching import one_ahead
+    from speechimg.data import one_ahead
     from speechimg.train import Steps, train_step
 
     shop, count = workshop(quick, workers=1), 6 if quick else 24

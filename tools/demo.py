@@ -93,6 +93,7 @@ def evaluate_people(model) -> None:
 def human_queries(stamps, count: int = 3) -> list[int]:
     "English recordings of things that the model was taught, drawn by a fixed lot, so that nobody picks the nice ones; the README shows the same."
     import torch
+
     from speechimg.corpora import load_corpus
 
     known = {
@@ -109,8 +110,8 @@ def human_queries(stamps, count: int = 3) -> list[int]:
 
 def answer_people(model) -> Path:
     "Part 3: three recordings, the first pictures for each, and a page to look at and listen to."
-    from speechimg.look.page import Answer, write_page
     from speechimg.corpora import load_corpus
+    from speechimg.look.page import Answer, write_page
     from speechimg.retrieval import open_gallery, search
 
     stamps, gallery, answers = load_corpus("stamps", "all"), open_gallery(model, "stamps"), []
@@ -138,6 +139,7 @@ def answer_people(model) -> Path:
 def prepare() -> None:
     "Compute what parts 2 to 4 will want to find in the cache: the other core does this during part 1."
     import torch
+
     from speechimg.core import Config
     from speechimg.corpora import load_corpus
     from speechimg.model import SpeechImageModel
@@ -219,6 +221,7 @@ def main() -> None:
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
     import torch
+
     from speechimg.core import InputError
     from speechimg.retrieval import load_model
 

@@ -31,9 +31,7 @@ NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
 def paths(root: Path) -> list[Path]:
     """The notebooks of a tree, in reading order: the shelf of learners, then the others."""
     found = [
-        path
-        for path in (root / "nbs").rglob("*.ipynb")
-        if ".ipynb_checkpoints" not in path.parts
+        path for path in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
     ]
     return sorted(found, key=lambda path: (len(path.parts), not path.name[:1].isdigit(), path))
 
@@ -139,8 +137,6 @@ def export(root: Path) -> None:
         done = nbdev(root, module, name)
         if done.returncode != 0:
             raise RuntimeError(f"{name} failed:\n{done.stderr.strip()}")
-    if (root / "speechimg" / "course" / "handout.py").exists():
-        write_catalogue(root)
 
 
 def write_catalogue(root: Path) -> None:

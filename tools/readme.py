@@ -14,7 +14,6 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
-
 from notebooks import ROOT, body, directives
 
 NOTE = "<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n\n"

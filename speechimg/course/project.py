@@ -7,7 +7,8 @@ __all__ = ['COLUMNS', 'split_pictures', 'save_recording', 'caption_rows', 'build
            'paired_interval', 'report', 'as_markdown']
 
 # %% ../../nbs/teach/project.ipynb #20527e54
-import csv, math
+import csv
+import math
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 
 from ..core import InputError, write_json
 from ..corpora import check_corpus
-from ..data import SAMPLE_RATE, is_silent
-from ..retrieval import hit_probability
+from ..files.decode import SAMPLE_RATE, is_silent
 from ..files.store import safe
+from ..retrieval import hit_probability
 
 # %% ../../nbs/teach/project.ipynb #f18ad8a0
 #| exercise: project split_pictures

@@ -6,7 +6,11 @@
 __all__ = ['MAX_BYTES', 'safe', 'Store', 'typed', 'parsed', 'manifest']
 
 # %% ../../nbs/research/store.ipynb #1f6f4a03
-import glob, json, os, stat, zipfile
+import glob
+import json
+import os
+import stat
+import zipfile
 from pathlib import Path
 
 from ..core import InputError

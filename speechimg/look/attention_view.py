@@ -19,7 +19,8 @@ import torch
 from einops import rearrange
 
 from ..core import InputError
-from ..data import SAMPLE_RATE, sha256
+from ..files.cache import sha256
+from ..files.decode import SAMPLE_RATE
 from .explore import log_mel, sheet
 from ..mining import negative_probabilities
 from ..retrieval import embed, judging, pair_scorer, recall_at_k, rerank

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from ..core import set_theme
-from ..data import SAMPLE_RATE
 from ..distillation import soft_targets
+from ..files.decode import SAMPLE_RATE
 from ..queue import EmbeddingQueue, make_teacher, update_momentum
 from ..sic import id_targets, sic_loss
 

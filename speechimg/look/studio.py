@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core import InputError
 from ..corpora import load_corpus
-from ..data import SAMPLE_RATE, decode_audio, is_silent
+from ..files.decode import SAMPLE_RATE, decode_audio, is_silent
+from .attention_view import uri
 from .explore import log_mel, png, sheet
 from ..model import read_wave
-from .attention_view import uri
 from ..retrieval import open_gallery, search
 
 # %% ../../nbs/15_studio.ipynb #8999fca2
@@ -199,7 +200,8 @@ LOOK = """
 
 def make_front(max_seconds):
     "The widget: buttons and pictures in the browser, these values shared with it."
-    import anywidget, traitlets  # only where somebody looks
+    import anywidget  # only where somebody looks
+    import traitlets
 
     class Front(anywidget.AnyWidget):
         _esm, _css = FRONT, LOOK

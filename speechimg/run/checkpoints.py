@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..core import InputError, atomic_write, data_dir, read_json, set_theme, write_json
-from ..data import sha256
+from ..files.cache import sha256
 
 # %% ../../nbs/research/checkpoints.ipynb #33e0bcda
 PARTS = (
@@ -212,7 +212,8 @@ CURVES = {
 
 def draw_curves(log, path):  # log.csv to read, picture to write
     "Losses, recall and binding over the steps, legends beside the axes."
-    import pandas as pd, seaborn as sns
+    import pandas as pd
+    import seaborn as sns
     from matplotlib.figure import Figure  # not pyplot: needs no screen, leaves no window behind
 
     set_theme()

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from ..core import InputError, cache_dir
-from ..data import SAMPLE_RATE, FeatureCache, sha256
+from ..files.cache import FeatureCache, sha256
+from ..files.decode import SAMPLE_RATE
 from ..model import read_picture, read_wave
 from ..retrieval import Embeddings, embed, two_stages
 

@@ -7,7 +7,12 @@ __all__ = ['STRETCH', 'SHARE', 'SPEED', 'PER_PICTURE', 'Live', 'numberless', 'ra
            'ready', 'profile_step', 'plan', 'amount', 'report', 'assumed', 'measure', 'most_held', 'fill']
 
 # %% ../../nbs/research/plan.ipynb #955f49e6
-import math, os, tempfile, time, warnings, weakref
+import math
+import os
+import tempfile
+import time
+import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..alignment import Alignment, encode, gather, prepared
 from ..core import InputError, data_dir, default_device, memory_limit, read_json
-from ..batching import augment
-from ..data import SAMPLE_RATE, Batch
+from ..data import Batch, augment
 from ..distillation import soft_targets
+from ..files.decode import SAMPLE_RATE
 from ..model import SpeechImageModel, build_towers
 from ..queue import half_precision
 from ..sic import sic_loss, similarity_logits
@@ -184,8 +189,8 @@ def empty_towers(config):  # Config
     "(speech tower, image tower) with random weights: nothing is downloaded. A BLIP-2 whose sizes are not on this machine is taken for a ViT-g, as all published ones are."
     if config.towers != "paper":
         return build_towers(config)
-    from speechimg.towers.hubert import load_hubert
     from speechimg.towers.blip2 import load_blip2, of_transformers, paper_towers
+    from speechimg.towers.hubert import load_hubert
 
     model = config.image_model
     with tempfile.TemporaryDirectory() as folder:

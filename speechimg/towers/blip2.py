@@ -19,9 +19,9 @@ from einops import rearrange
 from torch import nn
 
 from ..core import InputError, default_device
-from .hubert import Frozen, HubertTower, set_dropout
 from ..image import Pixels, square
 from ..speech import Reader
+from .hubert import Frozen, HubertTower, set_dropout
 
 # %% ../../nbs/research/blip2.ipynb #f959f86a
 CLIP = (

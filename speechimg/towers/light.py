@@ -18,7 +18,6 @@ from einops import rearrange
 from torch import nn
 
 from ..attention import clean
-
 from ..core import InputError
 from ..image import square
 from ..speech import MaskedGRU, Reader, frame_mask, position_codes

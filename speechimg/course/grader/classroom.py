@@ -16,9 +16,16 @@ from pathlib import Path
 import nbformat
 from nbgrader.api import Gradebook
 
-from ..assignments import all_assignments
 from ...core import InputError, atomic_write, read_json, write_json
-from .gradebook import CONFIG, marks_of, marks_path, nbgrader, sandbox, teacher_notebook
+from ..assignments import all_assignments
+from speechimg.course.grader.gradebook import (
+    CONFIG,
+    marks_of,
+    marks_path,
+    nbgrader,
+    sandbox,
+    teacher_notebook,
+)
 from .grading import Marks, table, titles
 from ..handout import source_notebook
 

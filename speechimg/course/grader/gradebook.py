@@ -23,11 +23,11 @@ from nbgrader.apps import NbGraderAPI
 from nbgrader.converters import GenerateFeedback
 from traitlets.config import Config
 
-from ..assignments import all_assignments
 from ...core import InputError, read_json, write_json
+from ..assignments import all_assignments
 from .grading import Marks, mark, restore
-from ..handout import library_before, released
 from .sandbox import Sandbox
+from ..handout import library_before, released
 
 # %% ../../../nbs/teach/gradebook.ipynb #5104f91a
 def teacher_notebook(root: Path, assignment: str) -> dict:

@@ -221,7 +221,14 @@ class Sandbox:
             "PYTHONDONTWRITEBYTECODE": "1",
             "SPEECHIMG_PRELOAD": " ".join(preload),
         }
-        command = [sys.executable, "-s", "-m", "speechimg.course.grader.walls", "nursery", str(theirs.fileno())]
+        command = [
+            sys.executable,
+            "-s",
+            "-m",
+            "speechimg.course.grader.walls",
+            "nursery",
+            str(theirs.fileno()),
+        ]
         self.nursery = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], cwd=code, env=variables, stdin=subprocess.DEVNULL
         )
