@@ -18,6 +18,7 @@ from speechimg.core import Config, seed_everything
 from speechimg.data import Batch
 from speechimg.model import SpeechImageModel
 from speechimg.run.distributed import average, processes
+from speechimg.run.queue_negatives import QueueAlignment
 from speechimg.towers.light import LightImage, LightImageTower, LightSpeechTower
 from speechimg.train import average_of, generator_for, make_optimizer, share, train_step
 
@@ -99,6 +100,11 @@ def put_back(mistake):
         alignment_room.sum_over_all = lambda number, device: number * distributed_room.world().size
 
 
+def make(model):
+    "The step that a config asks for."
+    return QueueAlignment(model, 14, 5) if model.config.token_slots else Alignment(model)
+
+
 def main(out, settings, mistake=""):
     torch.set_num_threads(1)
     put_back(mistake)
@@ -106,11 +112,8 @@ def main(out, settings, mistake=""):
     with processes() as world:
         seed_everything(0)
         front = SimpleNamespace(size=64, feature_dim=LightImage.feature_dim)
-        alignment = Alignment(
-            SpeechImageModel(config, LightSpeechTower(config), LightImageTower(config, front)),
-            14,
-            5,
-        ).train()
+        towers = LightSpeechTower(config), LightImageTower(config, front)
+        alignment = make(SpeechImageModel(config, *towers)).train()
         if world.rank:
             torch.nn.init.normal_(
                 alignment.model.fusion.verdict.weight
