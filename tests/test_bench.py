@@ -1,4 +1,4 @@
-"Speed: a tiny version of each part of tools/bench.py, the report, and what must hold for the figures to mean anything."
+"Speed: a tiny version of each part of experiments/bench.py, the report, and what must hold for the figures to mean anything."
 
 import json
 import math

@@ -1,8 +1,8 @@
 """The paper's questions at our scale: every run behind nbs/14_results.ipynb, one JSON line each in data/results.jsonl.
 
-    python tools/results.py                    # all that is missing, two runs at a time, each on one core; hours
-    python tools/results.py ablation noise     # only these experiments
-    python tools/results.py --list             # what there is, and what is done
+    python experiments/results.py                    # all that is missing, two runs at a time, each on one core; hours
+    python experiments/results.py ablation noise     # only these experiments
+    python experiments/results.py --list             # what there is, and what is done
 
 A run that was stopped goes on from its checkpoint. A line that is there is not measured again; to measure it anew, delete it.
 A line holds the experiment, the row, the seed, the settings that differ from the defaults, the commit, seconds, and the figures.
@@ -521,7 +521,7 @@ def commit() -> str:
         ["git", *words], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()  # noqa: E731
     return git("rev-parse", "--short", "HEAD") + (
-        "+" if git("status", "--porcelain", "--", "speechimg", "tools/results.py") else ""
+        "+" if git("status", "--porcelain", "--", "speechimg", "experiments/results.py") else ""
     )
 
 

@@ -1,8 +1,8 @@
 """Reliability, in figures: kills, a full disk, hostile files, mutated sounds and pictures, a shared and a damaged cache.
 
-    python tools/soak.py                       # all experiments, report to data/soak.json and data/soak.md (under 30 minutes on two free cores)
-    python tools/soak.py disk cache            # some of them; in the report the others stay as they are
-    python tools/soak.py --quick               # a handful of each
+    python experiments/soak.py                       # all experiments, report to data/soak.json and data/soak.md (under 30 minutes on two free cores)
+    python experiments/soak.py disk cache            # some of them; in the report the others stay as they are
+    python experiments/soak.py --quick               # a handful of each
 
 Every draw comes from a fixed seed; only the moments of the kills depend on the clock. Exit status 1 if anything fails.
 All that is started runs in process groups of its own, on corpora made here, with caches of its own, in a temporary folder.

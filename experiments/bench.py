@@ -1,8 +1,8 @@
 """Speed, in figures: the training step, its loader, re-ranking, search, growth with size, start-up. Mostly ratios of two things measured in turn.
 
-    python tools/bench.py               # all parts, report to data/bench.json and data/bench.md (under 10 minutes on two free cores)
-    python tools/bench.py step rerank   # some of them; in the report the others stay as they are
-    python tools/bench.py --quick       # tiny sizes, to see that it works
+    python experiments/bench.py               # all parts, report to data/bench.json and data/bench.md (under 10 minutes on two free cores)
+    python experiments/bench.py step rerank   # some of them; in the report the others stay as they are
+    python experiments/bench.py --quick       # tiny sizes, to see that it works
 
 Each part runs in a process of its own, on one thread; medians over repeats. "Before" is the same measurement of the code of commit BEFORE, in
 the same run, where the clone holds that commit; else what the report said last. Features that the cache lacks are computed first, which takes minutes more.
