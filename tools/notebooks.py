@@ -36,9 +36,9 @@ def paths(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.parts), not path.name[:1].isdigit(), path))
 
 
-def name_of(path: Path, root: Path = ROOT) -> str:
+def name_of(path: Path, root: Path | None = None) -> str:
     """What a notebook is called on the command line: 06_sic, research/hub."""
-    return path.relative_to(root / "nbs").with_suffix("").as_posix()
+    return path.relative_to((root or ROOT) / "nbs").with_suffix("").as_posix()
 
 
 def read(path: Path) -> dict:
