@@ -6,8 +6,8 @@ Mostly ratios of two things measured in turn.
     python experiments/bench.py --quick       # tiny sizes, to see that it works
 
 Each part runs in a process of its own, on one thread; medians over repeats. "Before" is the same
-measurement of the code of commit BEFORE, in the same run, where the clone holds that commit; else
-what the report said last. Features that the cache lacks are computed first: minutes more.
+measurement of the code of commit BEFORE, in the same run, where the clone holds that commit;
+else what the report said last. Features that the cache lacks are computed first: minutes more.
 """
 
 import argparse

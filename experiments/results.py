@@ -5,19 +5,16 @@ data/results.jsonl.
     python experiments/results.py ablation noise     # only these experiments
     python experiments/results.py --list             # what there is, and what is done
 
-A run that was stopped goes on from its checkpoint. A line that is there is not measured again; to
-measure it anew, delete it.
-A line holds the experiment, the row, the seed, the settings that differ from the defaults, the
-commit, seconds, and the figures.
+A run that was stopped goes on from its checkpoint. A line that is there is not measured again;
+to measure it anew, delete it. A line holds the experiment, the row, the seed, the settings that
+differ from the defaults, the commit, seconds, and the figures.
 
 Every model is trained in two stages, of 500 and 800 steps. Stage 1 is the same for all rows of a
-seed: contrastive learning within the batch.
-Stage 2 begins with its weights, an empty queue and a fresh schedule, and is what the rows differ
-in. All rows see the same data in the same
-order for the same number of steps, at the same rates; nothing was tuned for any of them. Siblings
-are not put into the same batch, as nobody could
-for a corpus of photographs; the experiment of that name shows what it would change. The test split
-is looked at once, at the end of each run.
+seed: contrastive learning within the batch. Stage 2 begins with its weights, an empty queue and
+a fresh schedule, and is what the rows differ in. All rows see the same data in the same order
+for the same number of steps, at the same rates; nothing was tuned for any of them. Siblings are
+not put into the same batch, as nobody could for a corpus of photographs; the experiment of that
+name shows what it would change. The test split is looked at once, at the end of each run.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """What helped the coarse stage learn, measured: the same short training, one thing changed at a
 time.
 
-    python experiments/settings.py [NAME ...]    # appends to data/experiments.jsonl what is not there
+    python experiments/settings.py [NAME ...]    # appends what is not in data/experiments.jsonl
 
-Each run is `speechimg train --corpus scenes` with the reference's settings, cut to 600 steps with
-matching left out (it starts later) and
-siblings from step 300 on; then one change. The figures are of the validation split: coarse R@1, R@5
-and R@10, speech to picture, and the swap probe.
+Each run is `speechimg train --corpus scenes` with the reference's settings, cut to 600 steps
+with matching left out (it starts later) and siblings from step 300 on; then one change. The
+figures are of the validation split: coarse R@1, R@5 and R@10, speech to picture, and the swap
+probe.
 """
 
 import json

@@ -5,10 +5,9 @@ and a damaged cache.
     python experiments/soak.py disk cache     # some of them; the others stay as they are
     python experiments/soak.py --quick        # a handful of each
 
-Every draw comes from a fixed seed; only the moments of the kills depend on the clock. Exit status 1
-if anything fails.
-All that is started runs in process groups of its own, on corpora made here, with caches of its own,
-in a temporary folder.
+Every draw comes from a fixed seed; only the moments of the kills depend on the clock. Exit
+status 1 if anything fails. All that is started runs in process groups of its own, on corpora
+made here, with caches of its own, in a temporary folder.
 """
 
 import argparse
