@@ -24,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..alignment import Alignment, encode, gather, prepared
+from ..alignment import Alignment, encode, prepared
 from ..core import InputError, data_dir, default_device, memory_limit, read_json
 from ..data import Batch, augment
 from ..distillation import soft_targets
 from ..files.decode import SAMPLE_RATE
 from ..model import SpeechImageModel, build_towers
-from ..queue import half_precision
+from .queue_negatives import QueueAlignment, gather, half_precision
 from ..sic import sic_loss, similarity_logits
 from ..sim import sim_loss
 
@@ -229,7 +229,8 @@ def ready(config, pairs, seconds, device="cpu"):  # Config, B, length of every r
                 side.tokens.shape[1]
                 for side in encode(model.eval(), random_batch(model, 1, seconds))
             ]
-    return Alignment(model, *lengths).to(device).train(), batch.to(device)
+    step = QueueAlignment(model, *lengths) if config.token_slots else Alignment(model)
+    return step.to(device).train(), batch.to(device)
 
 # %% ../../nbs/research/plan.ipynb #dd7b084f
 def profile_step(config, pairs, seconds):  # Config, B, length of every recording
