@@ -282,10 +282,10 @@ def test_threads_read_one_archive(tmp_path):
 
 def test_a_child_opens_the_archive_for_itself(tmp_path, monkeypatch):
     store = Store(make_corpus(tmp_path / "mini", 8, zip=True))
-    handle = store.open()["test.json"][0]
-    assert store.open()["test.json"][0] is handle
+    handle = store.files.open()["test.json"][0]
+    assert store.files.open()["test.json"][0] is handle
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert store.open()["test.json"][0] is not handle
+    assert store.files.open()["test.json"][0] is not handle
     assert pickle.loads(pickle.dumps(store)).read("test.json") == store.read("test.json")
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import PurePosixPath
 
 import layout_folders
@@ -13,10 +13,11 @@ import torch
 from miniature import make_corpus, wav_bytes, write_files
 from test_core import complaint
 
+from speechimg import corpora
 from speechimg.core import Config, InputError
 from speechimg.corpora import check_corpus, corpus_table, find, load_corpus, splits
 from speechimg.files import layouts
-from speechimg.files.layouts import detect
+from speechimg.files.layouts import recognise
 from speechimg.files.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*restore what is missing")
@@ -67,7 +68,7 @@ def known_defects(problems):
 def test_a_layout_is_a_corpus_like_any_other(tmp_path, name, packed):
     path = write_files(tmp_path / "mini", FILES[name], packed)
     before = sorted(child.name for child in tmp_path.rglob("*"))
-    assert detect(find(path)) == name.split()[0] and splits(find(path)) == SPLITS[name]
+    assert recognise(find(path)).name == name.split()[0] and splits(find(path)) == SPLITS[name]
     for split in SPLITS[name]:
         corpus = load_corpus(path, split)
         assert len(corpus.pictures) > 0 and corpus.skipped == [] and corpus.split == split
@@ -134,7 +135,7 @@ def test_the_fingerprint_of_our_own_layout_is_that_of_its_manifest(tmp_path):
 def test_our_own_layout_comes_first(tmp_path):
     path = write_files(tmp_path / "both", FILES["flickr8k"])
     make_corpus(path, 4)
-    assert detect(Store(path)) is None and splits(Store(path)) == ["test", "train", "val"]
+    assert recognise(Store(path)).name == "own" and splits(Store(path)) == ["test", "train", "val"]
 
 
 def test_splits_have_aliases(tmp_path):
@@ -194,14 +195,13 @@ def test_counts_are_asserted(tmp_path, name, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_corpus(path, "val", complete=False).incomplete == corpus.incomplete
-        read, sizes = layouts.READERS[name.split()[0]], (len(corpus.pictures), len(corpus.captions))
+        sizes = len(corpus.pictures), len(corpus.captions)
 
-        def told(store, split):
-            found = read(store, split)
-            found.expected = sizes
-            return found
+        def recognised(store):
+            found = recognise(store)
+            return replace(found, read=lambda split: replace(found.read(split), expected=sizes))
 
-        monkeypatch.setitem(layouts.READERS, name.split()[0], told)
+        monkeypatch.setattr(corpora, "recognise", recognised)
         assert (
             load_corpus(path, "val", complete=True).incomplete is None
         )  # with the right numbers nothing is said
@@ -210,8 +210,8 @@ def test_counts_are_asserted(tmp_path, name, monkeypatch):
 def test_the_official_numbers(tmp_path):
     expected = {}
     for name, files in FILES.items():
-        store = Store(write_files(tmp_path / name, files))
-        expected[name] = [layouts.read_layout(store, split).expected for split in SPLITS[name]]
+        found = recognise(Store(write_files(tmp_path / name, files)))
+        expected[name] = [found.read(split).expected for split in SPLITS[name]]
     assert (
         expected["flickr8k"]
         == expected["flickr8k karpathy"]
@@ -478,17 +478,15 @@ def test_karpathy_splits(tmp_path):
 
 @pytest.mark.parametrize("mutant", ["restval dropped", "train file only", "official"])
 def test_the_check_notices_wrong_splits(tmp_path, mutant, monkeypatch):
-    files, read = dict(FILES["spokencoco"]), layouts.parsed
+    files, read = dict(FILES["spokencoco"]), layouts.manifest
     if mutant == "restval dropped":
         files["dataset_coco.json"] = files["dataset_coco.json"].replace(b"restval", b"none")
     elif mutant == "train file only":
-        monkeypatch.setattr(
-            layouts,
-            "parsed",
-            lambda store, name: (
-                {"data": []} if name.endswith("SpokenCOCO_val.json") else read(store, name)
-            ),
-        )
+
+        def first_part(store, name):
+            return [] if name.endswith("SpokenCOCO_val.json") else read(store, name)
+
+        monkeypatch.setattr(layouts, "manifest", first_part)
     else:
         del files["dataset_coco.json"]
     with pytest.raises((AssertionError, InputError)):
