@@ -120,7 +120,9 @@ def test_pictures_of_one_meaning_share_an_id_and_are_never_negatives(place):
 
 
 def check_pairing(pair):
-    "pair(corpus) -> picture of each caption, right for a corpus with no, one, two or six captions a picture (pitfall 30)."
+    """pair(corpus) -> picture of each caption, right for a corpus with no, one, two or six captions
+    a picture (pitfall 30).
+    """
     with tempfile.TemporaryDirectory() as folder:
         data = json.loads(FILES["test.json"])["data"]
         sizes, number = [6, 0, 1, 5, 2, 5, 6, 3], 0

@@ -1,4 +1,6 @@
-"layouts: four known corpora, read as they lie on their users' disks, with the defects that they are known for."
+"""layouts: four known corpora, read as they lie on their users' disks, with the defects that they
+are known for.
+"""
 
 import json
 import os
@@ -52,7 +54,9 @@ def number_of(path):
 
 
 def known_defects(problems):
-    "The lines of check_corpus that a miniature is meant to have: its size, and the one wrong header of Flickr8k."
+    """The lines of check_corpus that a miniature is meant to have: its size, and the one wrong
+    header of Flickr8k.
+    """
     return [
         line
         for line in problems
@@ -282,10 +286,15 @@ def test_flickr_pictures_without_a_split_stay_out(tmp_path):
 
 
 def test_the_malformed_key(tmp_path):
-    "It is not the text of a picture by its side that has a proper line, and it is one where there is no other."
+    """It is not the text of a picture by its side that has a proper line, and it is one where there
+    is no other.
+    """
     name = "2258277193_586949ec62.jpg"
-    files = FILES["flickr8k"] | {f"Images/{name}": layout_folders.picture(0), "Flickr_8k.testImages.txt": f"{name}\n".encode(),
-                                 "flickr_audio/wavs/x_0.wav": layout_folders.sound(0, 0)}  # fmt: skip
+    files = FILES["flickr8k"] | {
+        f"Images/{name}": layout_folders.picture(0),
+        "Flickr_8k.testImages.txt": f"{name}\n".encode(),
+        "flickr_audio/wavs/x_0.wav": layout_folders.sound(0, 0),
+    }
     files["flickr_audio/wav2capt.txt"] = f"x_0.wav {name} #0\n".encode()
     assert (
         load_corpus(write_files(tmp_path / "one", files), "test").captions[0].text
@@ -306,7 +315,9 @@ def test_the_malformed_key(tmp_path):
 
 
 def test_the_wrong_header(tmp_path):
-    "A frame count that is too large hides nothing; a strict reading complains. This is what fix-up scripts exist for."
+    """A frame count that is too large hides nothing; a strict reading complains. This is what fix-
+    up scripts exist for.
+    """
     corpus = load_corpus(write_files(tmp_path / "mini", FILES["flickr8k"]), "train")
     wave = corpus.load_wave(0)
     assert "ends before its header says" in complaint(corpus.load_wave, 0, strict=True)
@@ -326,7 +337,9 @@ def test_the_wrong_header(tmp_path):
 
 
 def test_long_and_short_clips(tmp_path):
-    "Flickr8k spans 0.23 to 323.5 seconds: what is longer than max_seconds is cut, before it fills the memory."
+    """Flickr8k spans 0.23 to 323.5 seconds: what is longer than max_seconds is cut, before it fills
+    the memory.
+    """
     wav = next(name for name in FILES["flickr8k"] if name.endswith("_1.wav"))
     for seconds in (0.23, 40):
         path = write_files(
@@ -844,7 +857,8 @@ PAIRS = {
     "scenes-small": 12_052,
 }  # about five for each picture of SpokenCOCO
 EPOCHS = {"flickr8k-base": 30, "flickr8k-large": 30, "spokencoco-large": 10}
-# How a run is carried out, which changes no formula of the method. `accumulate` does: each micro-batch finds its own negatives.
+# How a run is carried out, which changes no formula of the method. `accumulate` does: each micro-
+# batch finds its own negatives.
 ENGINEERING = {
     "cache_towers",
     "checkpointing",
@@ -907,8 +921,9 @@ def test_a_training_runs_on_a_layout(tmp_path, name, fresh_cache):
     from speechimg.train import train
 
     path = write_files(tmp_path / "mini", FILES[name])
-    settings = {"towers": "small", "width": 32, "dim": 16, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "heads": 2, "queue_size": 4, "batch_size": 2,
-                "warmup_steps": 1, "evaluate_every": 1, "checkpoint_every": 1}  # fmt: skip
+    settings = dict(towers="small", width=32, dim=16, heads=2, queue_size=4, batch_size=2)
+    settings |= dict(speech_depth=1, image_depth=1, fusion_depth=1)
+    settings |= dict(warmup_steps=1, evaluate_every=1, checkpoint_every=1)
     out = train(Config.from_dict(settings | {"steps": 2}), path, tmp_path / "run", progress=False)
     data = json.loads((out / "metrics.json").read_text())["data"]
     corpora = {split: load_corpus(path, split) for split in ("train", "val")}
