@@ -63,7 +63,7 @@ def _part_cells(part, name: str, seed: int) -> list[dict]:
         cell["metadata"]["speechimg"] = {"targets": list(part.targets)}
     return [cell]
 
-
+# %% ../../nbs/teach/handout.ipynb #47849740
 def source_notebook(
     one: Assignment,
     seed: int = 0,  # a number that only the instructor knows: SEED of the hidden checks
@@ -148,9 +148,10 @@ def _entry(one: Assignment) -> dict:
 
 
 def write_catalogue(
-    folder: Path,  # nbs/teach/assignments
-    path: Path,  # speechimg/course/course.json
+    folder: Path | None = None,  # None: nbs/teach/assignments of the clone
+    path: Path | None = None,  # None: course.json beside this module
 ) -> None:
     "Write what `check.catalogue` reads: of each assignment its names and its visible checks."
     found = {one.name: _entry(one) for one in all_assignments(folder)}
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    (path or Path(core.__file__).parent / "course" / "course.json").write_text(text, "utf-8")

@@ -66,7 +66,7 @@ def _sorted_out(own: dict, cells: list[dict]) -> tuple[dict, dict, list[str]]:
         reports.append("cells were in another order: put back")
     return theirs, added, reports
 
-
+# %% ../../../nbs/teach/grading.ipynb #410a1a17
 def restore(
     source: dict,  # the instructor's notebook
     handed_in: dict,  # the student's
@@ -164,7 +164,7 @@ def _tried(text: str, student: _Student, marks: Marks) -> str:
         return f"the notebook {problem}"
     return told.replace("raises Ended: ", "but the code ").replace("Ended: ", "the code ")
 
-
+# %% ../../../nbs/teach/grading.ipynb #ccf565be
 def mark(
     box: Sandbox,
     source: dict,  # the instructor's notebook

@@ -92,10 +92,21 @@ def pack(value) -> tuple[bytes, list, list, list]:
     states = [one.get_state() for one in generators]
     return pickle.dumps((stream.getvalue(), flat, states)), tensors, generators, functions
 
-# %% ../../../nbs/teach/sandbox.ipynb #718dcb0e
+# %% ../../../nbs/teach/sandbox.ipynb #6a4efb2a
 DISHONEST = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 
+def _reply(process, functions: list) -> dict:
+    "What comes back, after the check's own functions have been called as often as asked."
+    while True:
+        text, blob = process.wire.receive((MOST_TEXT, MOST_NUMBERS))
+        tree, found = json.loads(text), safetensors.torch.load(blob) if blob else {}
+        value = {str(key): decode(one, found, process.kept) for key, one in tree.items()}
+        if type(value.get("callback")) is not int:
+            return value
+        process.wire.send(pack(functions[value["callback"]](*value["values"]))[0])
+
+# %% ../../../nbs/teach/sandbox.ipynb #718dcb0e
 class Process:
     "A confined process with a student's code in it. `shut` says which doors are shut."
 
@@ -116,16 +127,6 @@ class Process:
     def kill(self) -> None:
         self.sandbox.end(self)
 
-    def reply(self, functions: list) -> dict:
-        "What comes back, after the check's own functions have been called as often as asked."
-        while True:
-            text, blob = self.wire.receive((MOST_TEXT, MOST_NUMBERS))
-            tree, found = json.loads(text), safetensors.torch.load(blob) if blob else {}
-            value = {str(key): decode(one, found, self.kept) for key, one in tree.items()}
-            if type(value.get("callback")) is not int:
-                return value
-            self.wire.send(pack(functions[value["callback"]](*value["values"]))[0])
-
     def ended(self, why: str) -> Ended:
         self.kill()
         return Ended(why)
@@ -135,7 +136,7 @@ class Process:
         data, tensors, generators, functions = pack(request)
         try:
             self.wire.send(data)
-            value = self.reply(functions)
+            value = _reply(self, functions)
         except (TimeoutError, BlockingIOError):
             raise self.ended("takes too long: is there a loop without an end?") from None
         except (EOFError, ConnectionError):

@@ -188,7 +188,7 @@ def _serve(request: dict, connection: int) -> None:
     finally:
         os._exit(0)
 
-
+# %% ../../../nbs/teach/walls.ipynb #5b472167
 def nursery(control: socket.socket) -> None:
     "Fork a confined worker for each request on the control socket, until it is closed."
     torch.set_num_threads(1)
