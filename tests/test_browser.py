@@ -1,6 +1,7 @@
-"""As people use it: JupyterLab in a real browser, sliders moved, buttons clicked, a recording made with a microphone that is a file.
+"""As people use it: JupyterLab in a browser, sliders moved, a recording made with a microphone.
 
-Needs chromium (`.ci/run` installs it). Screenshots are kept in .cache/screenshots; look at them after a change.
+The microphone is a file. Needs chromium (`.ci/run` installs it). Screenshots are kept in
+.cache/screenshots; look at them after a change.
 """
 
 import json
