@@ -98,7 +98,7 @@ class Listener:
         if is_silent(self.wave):
             self.hits = []
             self.message = "Nothing was heard: the recording is silent. "
-            self.message += "Is the right microphone chosen, and is it switched on?"
+            self.message += "Is the right microphone chosen and switched on?"
             return self.hits
         self.message = f"{len(self.wave) / SAMPLE_RATE:.1f} seconds were heard."
         if len(wave) > self.max_seconds * SAMPLE_RATE:
