@@ -271,7 +271,8 @@ def show_similarities(
     figure, ((left, right),) = sheet(9.5, 4.2, 1, 2, width_ratios=[2.2, 1])
     looks = {"annot": size <= 10, "annot_kws": {"size": 9}, "cbar_kws": {"label": "probability"}}
     draw_table(left, sure, names, columns, targets[:, :size], **looks)
-    left.set_title(f"{size} pairs, {len(old)} older pictures in the queue; boxes: called right")
+    queued = f", {len(old)} older pictures in the queue" if len(old) else ""
+    left.set_title(f"{size} pairs{queued}; boxes: called right")
     each = -(targets * out.speech_to_image.log_softmax(1)).sum(1).numpy()
     sns.barplot(x=each, y=np.arange(size), orient="h", ax=right, color=sns.color_palette()[0])
     right.set(xlabel="loss, recording to picture", ylabel="", yticks=[])
