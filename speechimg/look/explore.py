@@ -238,7 +238,7 @@ def draw_table(axis, table, rows, columns, right, **more):  # (B, N); names; (B,
 
 # %% ../../nbs/research/explore.ipynb #0cc4a1b4
 def batch_loss(embeddings, rows, old, temperature, by_id):  # (B,) rows; (M,) those in the queue
-    "(ids (B,), targets (B, B+M), the SICLoss): keys are the batch first, then the queue."
+    "(ids (B,), targets (B, B+M), a SicOutput): keys are the batch first, then the queue."
     ids = embeddings.image_of[rows]
     key_ids = torch.cat([ids, embeddings.image_of[old]])
     targets = id_targets(ids, key_ids) if by_id else torch.eye(len(rows), len(key_ids))
@@ -247,7 +247,7 @@ def batch_loss(embeddings, rows, old, temperature, by_id):  # (B,) rows; (M,) th
     queries = embeddings.speech[rows], embeddings.image[ids]
     return ids, targets, sic_loss(*queries, *keys, targets, temperature)
 
-
+# %% ../../nbs/research/explore.ipynb #62a5058a
 def show_similarities(
     embeddings,  # retrieval.Embeddings
     pairs=8,
@@ -263,15 +263,15 @@ def show_similarities(
     old, size = others[:queue_size], len(rows)
     ids, targets, out = batch_loss(embeddings, rows, old, temperature, by_id)
     sure = out.speech_to_image.softmax(1)  # (B, N)
-    names, columns = ids.tolist(), ids.tolist()
+    columns, queued = ids.tolist(), ""
     if len(old):
         sure = torch.cat([sure[:, :size], sure[:, size:].sum(1, keepdim=True)], 1)
         columns = [*columns, "queue"]
+        queued = f", {len(old)} older pictures in the queue"
 
     figure, ((left, right),) = sheet(9.5, 4.2, 1, 2, width_ratios=[2.2, 1])
     looks = {"annot": size <= 10, "annot_kws": {"size": 9}, "cbar_kws": {"label": "probability"}}
-    draw_table(left, sure, names, columns, targets[:, :size], **looks)
-    queued = f", {len(old)} older pictures in the queue" if len(old) else ""
+    draw_table(left, sure, ids.tolist(), columns, targets[:, :size], **looks)
     left.set_title(f"{size} pairs{queued}; boxes: called right")
     each = -(targets * out.speech_to_image.log_softmax(1)).sum(1).numpy()
     sns.barplot(x=each, y=np.arange(size), orient="h", ax=right, color=sns.color_palette()[0])
