@@ -90,7 +90,9 @@ def install(extras):
     )
     sys.stdout.flush()
     target = "." + ("[" + ",".join(extras) + "]" if extras else "")
-    command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--editable", target]
+    # Python compiles what it imports, when it does; compiling all of PyTorch takes a minute
+    command = [PYTHON, "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
+    command += ["--editable", target]
     if subprocess.call(command + ([] if sys.stdout.isatty() else ["--quiet"])) != 0:
         sys.exit(
             "pip could not install speechimg: its message is above. "
