@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'setting', 'checked', 'Config', 'seed_everything',
-           'default_device', 'data_dir', 'cache_dir', 'memory_limit', 'set_theme']
+           'default_device', 'resolved_precision', 'data_dir', 'cache_dir', 'memory_limit', 'set_theme']
 
 # %% ../nbs/research/core.ipynb #df71e406
 import difflib
@@ -336,6 +336,11 @@ def seed_everything(seed):
 def default_device():
     "The GPU where there is one, else the CPU."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolved_precision(precision, device):  # Config.precision, torch.device
+    "float32 or bfloat16."
+    return precision
 
 # %% ../nbs/research/core.ipynb #129eb95f
 def data_dir():

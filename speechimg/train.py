@@ -255,7 +255,8 @@ def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  
                 model.eval(), collate(features["train"], [int(features["train"].lengths.argmax())])
             )
         lengths = sides[0].tokens.shape[1] * 11 // 10 + 1, sides[1].tokens.shape[1]
-    alignment = Alignment(model, *lengths).to(default_device()).train()
+    step = QueueAlignment(model, *lengths) if config.token_slots else Alignment(model)
+    alignment = step.to(default_device()).train()
     if config.compile:
         model.compile_parts()  # the teacher was copied before
     optimizer, checkpoint = (
