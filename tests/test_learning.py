@@ -1,11 +1,11 @@
-"300 steps on the real scenes beat chance by a wide margin: the quick proof that everything works together."
+"A short training on the real scenes beats chance by a wide margin: everything works together."
 
 import pytest
 
 from speechimg.core import Config, data_dir, read_json
 from speechimg.train import train
 
-# Small enough for two minutes on two cores, features included; what ships is trained longer and on everything.
+# Small enough for two minutes on two cores, features included; what ships is trained longer.
 QUICK = Config(
     width=96,
     dim=64,
