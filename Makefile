@@ -14,24 +14,24 @@ help: ## this list
 demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (5 minutes)
 	@$(PY) tools/demo.py
 
-test: dev ## everything: gates, notebooks, tests (under 45 minutes on two cores)
+test: dev ## everything: gates, notebooks, tests (under 20 minutes on two cores)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 check: dev ## the quick part of `make test` (under 3 minutes)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (under 30 minutes)
-	@$(PY) tools/soak.py
+	@$(PY) experiments/soak.py
 
 results: dev ## every run behind nbs/14_results.ipynb that data/results.jsonl does not hold yet (hours; stop it whenever you like)
-	@$(PY) tools/results.py
+	@$(PY) experiments/results.py
 
 bench: install ## speed in figures, before and after, to data/bench.json (under 10 minutes on two free cores)
-	@$(PY) tools/bench.py
+	@$(PY) experiments/bench.py
 
 site: ## build the site into site/ and check its links: notebooks, reference, results, search (about half a minute)
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 site"; exit 1; }
@@ -55,7 +55,8 @@ dev: # the same, with what the tests need
 export: dev ## write speechimg/*.py from the notebooks, and clean the notebooks
 	@$(PY) tools/notebooks.py export
 
-readme: dev ## write README.md from nbs/index.ipynb
+readme: dev ## write README.md from nbs/index.ipynb, and the maps of nbs/map
+	@$(PY) tools/map.py
 	@$(PY) tools/readme.py
 
 notebooks: dev ## run every notebook and keep its outputs, then export and README (NB="06_sic 08_mining" for some)
@@ -65,11 +66,11 @@ notebooks: dev ## run every notebook and keep its outputs, then export and READM
 
 reference: install ## train the reference model again (at most an hour on two cores)
 	@$(PY) -m speechimg.cli train --corpus scenes --config data/models/reference/train.json --out runs/reference
-	@$(PY) tools/publish.py runs/reference data/models/reference
+	@$(PY) experiments/publish.py runs/reference data/models/reference
 
 small: install ## train the small model from scratch again (about half an hour)
 	@$(PY) -m speechimg.cli train --corpus scenes --config data/models/small/train.json --out runs/small
-	@$(PY) tools/publish.py runs/small data/models/small
+	@$(PY) experiments/publish.py runs/small data/models/small
 
 corpora: ## build data/*.zip again from the packages that data/README.md names
 	@"$(PYTHON)" tools/install.py corpora

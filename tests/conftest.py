@@ -1,14 +1,16 @@
-"What every test can rely on: one thread, the same draws each time, and computed features that are shared."
+"What every test can rely on: one thread, the same draws each time, and shared features."
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Features of the corpora are computed once for the whole of `make test`, inside the clone; tests that must not see
-# them (or that damage them on purpose) ask for `fresh_cache`.
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "experiments")]
+# Features of the corpora are computed once for the whole of `make test`, inside the clone; tests
+# that must not see them (or that damage them on purpose) ask for `fresh_cache`.
 os.environ.setdefault("SPEECHIMG_CACHE", str(ROOT / ".cache"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -20,7 +22,7 @@ hypothesis.settings.load_profile("project")
 
 
 def pytest_configure(config):
-    "Sums differ in their last bits with the number of threads, and two cores are better used by two processes."
+    "Sums differ in their last bits with the number of threads; two processes use two cores."
     import torch
 
     torch.set_num_threads(1)

@@ -1,22 +1,19 @@
-"Speed: a tiny version of each part of tools/bench.py, the report, and what must hold for the figures to mean anything."
+"Speed: a tiny version of each part of experiments/bench.py, the report, and what must hold."
 
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import bench
 import pytest
 import torch
 from torch.testing import assert_close
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import bench  # noqa: E402
-
-from speechimg.attention import Attention, Block, attend  # noqa: E402
-from speechimg.retrieval import Embeddings, pair_scorer  # noqa: E402
-from speechimg.sim import MultimodalEncoder  # noqa: E402
+from speechimg.attention import Attention, Block, attend
+from speechimg.retrieval import Embeddings, pair_scorer
+from speechimg.sim import MultimodalEncoder
 
 ROOT = bench.ROOT
 
@@ -94,9 +91,10 @@ def test_the_committed_report_is_whole():
 
 def test_products_are_all_that_is_multiplied():
     layer, convolution, x = torch.nn.Linear(4, 3), torch.nn.Conv1d(2, 2, 3), torch.randn(5, 4)
-    names = lambda work: sorted(
-        function.overloadpacket.__name__ for function, _, _ in bench.products(work)
-    )
+
+    def names(work):
+        return sorted(one.overloadpacket.__name__ for one, _, _ in bench.products(work))
+
     assert names(lambda: torch.relu(layer(x)).sum().backward()) == [
         "addmm",
         "mm",
@@ -259,8 +257,8 @@ HEAVY = {
 
 def test_importing_brings_nothing_heavy():
     names = [
-        f"speechimg.{path.stem}"
-        for path in sorted((ROOT / "speechimg").glob("*.py"))
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "speechimg").rglob("*.py"))
         if not path.stem.startswith("_")
     ]
     assert "torch" not in imported("import speechimg")
@@ -270,7 +268,8 @@ def test_importing_brings_nothing_heavy():
 
 @pytest.mark.parametrize("arguments", ["--help", "train --help", "search --help"])
 def test_help_does_not_wait_for_torch(arguments):
-    run = f"from speechimg.cli import main\ntry: main({arguments.split()!r})\nexcept SystemExit: pass\n"
+    called = f"try: main({arguments.split()!r})\nexcept SystemExit: pass\n"
+    run = f"from speechimg.cli import main\n{called}"
     assert not imported(f"exec({run!r})") & (HEAVY | {"torch", "numpy", "huggingface_hub"})
 
 

@@ -1,16 +1,15 @@
-"The front page: its tables say what the files say, and its README is readable without the notebook."
+"The front page: its tables say what the files say, and README is readable without the notebook."
 
 import json
 import re
-import sys
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import notebooks  # noqa: E402
+import notebooks
 
 INDEX = ROOT / "nbs" / "index.ipynb"
 
@@ -18,26 +17,44 @@ INDEX = ROOT / "nbs" / "index.ipynb"
 @pytest.fixture(scope="module")
 def page():
     "The functions of the front page, without running what it shows."
-    names = {"json": json, "re": re, "Path": Path}
+    names = {"json": json, "re": re, "shlex": shlex, "tomllib": tomllib, "Path": Path}
     for cell in notebooks.read(INDEX)["cells"]:
         code = notebooks.body(cell) if cell["cell_type"] == "code" else ""
-        if "def results(" in code or "def rooms_table(" in code:
-            exec(code[: code.rindex("display(")], names)
+        if "def results(" in code or "def shelves(" in code:
+            exec(re.sub(r"(?m)^(?:if .*\n    )?display\(.*", "", code), names)
     return names
 
 
 METRICS = {
-    "command": "speechimg train --corpus scenes", "seed": 3, "steps": 1200, "seconds": 600.0, "date": "2026-01-31",
+    "command": ["speechimg", "train", "--corpus", "my scenes"],
+    "seed": 3,
+    "steps": 1200,
+    "seconds": 600.0,
+    "date": "2026-01-31",
     "config": {"towers": "light"},
     "evaluations": {
         "test": {
-            "coarse": {"speech_to_image": {"1": 51.25, "5": 80.0, "10": 91.0}, "image_to_speech": {"1": 52.0, "5": 81.0, "10": 92.0}},
-            "fine": {"speech_to_image": {"1": 66.6, "5": 88.0, "10": 91.5}, "image_to_speech": {"1": 67.0, "5": 89.0, "10": 92.5}},
+            "coarse": {
+                "speech_to_image": {"1": 51.25, "5": 80.0, "10": 91.0},
+                "image_to_speech": {"1": 52.0, "5": 81.0, "10": 92.0},
+            },
+            "fine": {
+                "speech_to_image": {"1": 66.6, "5": 88.0, "10": 91.5},
+                "image_to_speech": {"1": 67.0, "5": 89.0, "10": 92.5},
+            },
             "swap": {"coarse": 61.0, "fine": 88.8},
         },
-        "stamps_en": {"pictures": 65, "nouns": {"queries": 30, "coarse": {"1": 20.0, "5": 41.0, "10": 55.0}, "fine": {"1": 25.0, "5": 44.0, "10": 56.0}}, "all": None},
+        "stamps_en": {
+            "pictures": 65,
+            "nouns": {
+                "queries": 30,
+                "coarse": {"1": 20.0, "5": 41.0, "10": 55.0},
+                "fine": {"1": 25.0, "5": 44.0, "10": 56.0},
+            },
+            "all": None,
+        },
     },
-}  # fmt: skip
+}
 
 
 def write(folder, name, metrics):
@@ -72,7 +89,7 @@ def test_results_are_those_of_the_files(page, tmp_path):
         text, "stamps, people speaking English: nouns of the scenes (30 recordings)", "coarse"
     )[:4] == ["20.0", "41.0", "55.0", "–"]
     for said in (
-        "`speechimg train --corpus scenes`",
+        "`speechimg train --corpus 'my scenes'`",
         "seed 3",
         "1200 steps in 10 minutes",
         "2026-01-31",
@@ -107,15 +124,17 @@ def test_every_row_of_a_table_is_as_wide_as_its_head(page, tmp_path):
     assert len({row.count("|") for row in rows}) == 1 and len(rows) == 10
 
 
-def test_rooms_are_the_notebooks(page):
-    text = page["rooms_table"](ROOT / "nbs")
-    numbered = sorted(path.name for path in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))
-    assert re.findall(r"\]\((\S+)\)", text) == numbered
-    assert not re.search(r"\|  \|$", text, re.M)  # each has its sentence
+def test_shelves_are_the_notebooks(page):
+    text = page["shelves"](ROOT / "nbs")
+    every = [notebooks.name_of(path) for path in notebooks.paths(ROOT)]
+    linked = [name.removesuffix(".ipynb") for name in re.findall(r"\]\((\S+)\)", text)]
+    assert sorted(linked) == sorted(set(every) - {"index"})
+    assert linked[:2] == ["00_page", "01_data"] and "| `run.hub` |" in text
+    assert not re.search(r"\|  \| (?:`|\|)", text)  # each has its sentence
 
 
 def test_no_measured_number_is_typed():
-    "Percentages stand in tables made from files; the prose may only quote the paper's abstract and what chance is."
+    "Percentages stand in tables made from files; prose may quote the abstract and what chance is."
     for cell in notebooks.read(INDEX)["cells"]:
         if cell["cell_type"] == "markdown":
             for number in re.findall(r"(\d+(?:\.\d+)?) ?%", notebooks.source(cell)):
@@ -131,11 +150,11 @@ def test_readme_stands_alone():
 
 
 def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
-    "A config for one GPU is cut into micro-batches, each with its own negatives; eight processes hold the same 32 pairs each without that."
+    "A config for one GPU is cut into micro-batches; eight processes hold the same 32 pairs uncut."
     from speechimg.core import Config
 
     found = 0
-    for path in [root / "README.md", *sorted((root / "nbs").glob("*.ipynb"))]:
+    for path in [root / "README.md", *sorted((root / "nbs").rglob("*.ipynb"))]:
         for start, name, rest in re.findall(
             r"torchrun --nproc-per-node (\d+) [^\n]*--config (\S+)([^\n]*)", path.read_text()
         ):
@@ -151,7 +170,7 @@ def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
 
 
 def test_the_front_page_asks_what_the_demo_asks():
-    "The notebook draws its three recordings itself, so that it runs without tools/; the lot is the same."
+    "The notebook draws its recordings itself, so that it runs without tools/; the lot is the same."
     import demo
 
     from speechimg.corpora import load_corpus

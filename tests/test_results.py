@@ -1,4 +1,4 @@
-"The runs behind nbs/14_results.ipynb: a plan without holes, noise that is as much as it says, and lines that fit the plan."
+"The runs behind nbs/14_results.ipynb: a plan without holes, noise, lines that fit the plan."
 
 import json
 import subprocess
@@ -11,12 +11,10 @@ import torch
 from miniature import make_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+import results
 
-import results  # noqa: E402
-
-from speechimg.core import Config, read_json  # noqa: E402
-from speechimg.corpora import load_corpus  # noqa: E402
+from speechimg.core import Config, read_json
+from speechimg.corpora import load_corpus
 
 PLAN = {run.name: run for run in results.plan()}
 
@@ -189,7 +187,7 @@ def results_features(model, mini):
 
 
 def test_the_committed_lines_are_those_of_the_plan():
-    "Same settings as the plan asks for, from a commit, within the quarter of an hour that a run may take."
+    "Same settings as the plan asks for, from a commit, within a quarter of an hour."
     defaults = Config().to_dict()
     assert list(results.finished()) == [
         name for name in PLAN if name in results.finished()
@@ -211,7 +209,7 @@ def test_the_committed_lines_are_those_of_the_plan():
 
 def test_the_list_says_what_is_done(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "results.py", "--list"],
+        [sys.executable, ROOT / "experiments" / "results.py", "--list"],
         capture_output=True,
         text=True,
         timeout=60,

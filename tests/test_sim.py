@@ -36,7 +36,7 @@ def encoder(kind=MultimodalEncoder, dim=8, depth=2, heads=2):
     return kind(dim, depth, heads).eval()
 
 
-# ---- wrong versions -------------------------------------------------------------------------------------------------
+# ---- wrong versions ----
 
 
 class NoMask(MultimodalEncoder):
@@ -93,7 +93,7 @@ def soft_mask(self, x, context=None, mask=None, answers=None):
     return self.output(rearrange(scores.softmax(-1) @ value, "b h t d -> b t (h d)"))
 
 
-# ---- padding --------------------------------------------------------------------------------------------------------
+# ---- padding ----
 
 
 def check_padding(kind):
@@ -149,7 +149,7 @@ def test_pitfall_20_a_finite_mask_constant_leaks(monkeypatch):
     caught(check, soft_mask)
 
 
-# ---- what the encoder must do ---------------------------------------------------------------------------------------
+# ---- what the encoder must do ----
 
 
 def check_order(kind):
@@ -269,7 +269,7 @@ def test_it_learns_a_few_pairs():
     assert loss.item() < 0.3  # knowing nothing costs 0.6365
 
 
-# ---- the loss -------------------------------------------------------------------------------------------------------
+# ---- the loss ----
 
 
 def loop_loss(positive, negative_image, negative_speech):

@@ -1,4 +1,4 @@
-"The tools behind `make`: installing, running notebooks, publishing a model, the demo, the Makefile itself."
+"The tools behind `make`: installing, running notebooks, publishing, the demo, the Makefile."
 
 import json
 import os
@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import demo  # noqa: E402
-import install  # noqa: E402
-import notebooks  # noqa: E402
-import publish  # noqa: E402
+import demo
+import install
+import notebooks
+import publish
 
 # Installing
 
@@ -291,7 +289,7 @@ def test_make_lists_its_commands():
     "target", ["demo", "test", "check", "reference", "corpora", "notebooks", "site"]
 )
 def test_make_uses_relative_paths_only(target):
-    "The folder's own name may hold spaces: no recipe spells it out, and no script of `.venv/bin` is called by name."
+    "A folder's name may hold spaces: no recipe spells it out, none calls a script of `.venv/bin`."
     recipe = make("-n", target)
     assert recipe.returncode == 0 and str(ROOT) not in recipe.stdout
     assert set(re.findall(r"\.venv/bin/(\w+)", recipe.stdout)) <= {"python"}

@@ -1,4 +1,6 @@
-"""`make demo`: what the trained model can do, and how a small one learns. Writes runs/demo/answers.html.
+"""`make demo`: what the trained model can do, and how a small one learns.
+
+Writes runs/demo/answers.html.
 
 python tools/demo.py [--seconds 60]   # how long the small model trains
 """
@@ -15,10 +17,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs", "demo")
 RECORDINGS = 1500  # how many the small model trains on: reading them is part of the wait, once
-SMALL = {  # in one minute only the coarse stage has a chance, on keys of its own
-    "width": 96, "dim": 64, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "queue_size": 0, "student_steps": 10_000, "sim_start_step": 10_000,
-    "siblings": 0.0, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20, "steps": 2000, "evaluate_every": 50, "checkpoint_every": 10_000,
-}  # fmt: skip
+SMALL = {
+    "width": 96,
+    "dim": 64,
+    "speech_depth": 1,
+    "image_depth": 1,
+    "fusion_depth": 1,
+    # in one minute only the coarse stage has a chance, on keys of its own
+    "queue_size": 0,
+    "student_steps": 10_000,
+    "sim_start_step": 10_000,
+    "siblings": 0.0,
+    "batch_size": 64,
+    "learning_rate": 2e-3,
+    "warmup_steps": 20,
+    "steps": 2000,
+    "evaluate_every": 50,
+    "checkpoint_every": 10_000,
+}
 
 STARTED = time.monotonic()
 COLOURED = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -68,14 +84,12 @@ def evaluate_reference(model) -> None:
         columns(title)
         recall_lines({stage: result[stage] for stage in ("coarse", "fine")}, direction)
     if result["swap"]:
-        print(
-            f"   {paint('swap probe', '1')}  (which of two pictures that differ only in who is where? chance is 50)"
-        )
+        asked = "which of two pictures that differ only in who is where? chance is 50"
+        print(f"   {paint('swap probe', '1')}  ({asked})")
         for stage, value in result["swap"].items():
             print(f"   {stage:<22}{value:8.1f}{'':16}   {bar(value)}")
-    print(
-        f"   {len(features):,} recordings, {len(features.image):,} pictures, {result['pairs']:,} pairs read together, {result['seconds']:.0f} s"
-    )
+    counted = f"{len(features):,} recordings, {len(features.image):,} pictures"
+    print(f"   {counted}, {result['pairs']:,} pairs read together, {result['seconds']:.0f} s")
 
 
 def evaluate_people(model) -> None:
@@ -91,7 +105,7 @@ def evaluate_people(model) -> None:
 
 
 def human_queries(stamps, count: int = 3) -> list[int]:
-    "English recordings of things that the model was taught, drawn by a fixed lot, so that nobody picks the nice ones; the README shows the same."
+    "English recordings of things that it was taught, drawn by the lot that README shows, too."
     import torch
 
     from speechimg.corpora import load_corpus
@@ -124,20 +138,18 @@ def answer_people(model) -> Path:
             for hit in hits[:3]
         ]
         mark = paint("found first", "32") if place == 1 else f"found at place {place}"
-        print(
-            f"   {paint(f'“{caption.text}”', '1')}  {mark} of {len(hits)}\n      it answers: {' | '.join(names)}"
-        )
+        print(f"   {paint(f'“{caption.text}”', '1')}  {mark} of {len(hits)}")
+        print(f"      it answers: {' | '.join(names)}")
         answers.append(Answer(f"“{caption.text}”", wave, gallery[0], hits[:10]))
     page = OUT / "answers.html"
     write_page(page, answers, "Three people, and the pictures found")
-    print(
-        f"\n   {paint('Open this page to see and hear it:', '1')}  {page}\n   {paint(page.resolve().as_uri(), '4;34')}"
-    )
+    print(f"\n   {paint('Open this page to see and hear it:', '1')}  {page}")
+    print(f"   {paint(page.resolve().as_uri(), '4;34')}")
     return page
 
 
 def prepare() -> None:
-    "Compute what parts 2 to 4 will want to find in the cache: the other core does this during part 1."
+    "Compute what parts 2 to 4 want from the cache: the other core does this during part 1."
     import torch
 
     from speechimg.core import Config
@@ -172,15 +184,11 @@ def train_small(seconds: float) -> None:
 
     pictures = len(load_corpus("scenes", "val").pictures)
     shutil.rmtree(OUT / "small", ignore_errors=True)
-    print(
-        f"   {paint('step seconds', '1')}{'R@1':>8}{'R@5':>8}{'R@10':>8}   speech to picture, coarse, among {pictures} pictures it does not train on"
-    )
-    print(
-        f"   {'chance':<12}"
-        + "".join(f"{100 * min(1, k / pictures):8.1f}" for k in (1, 5, 10))
-        + f"   {bar(100 * min(1, 10 / pictures))}",
-        flush=True,
-    )
+    asked = f"speech to picture, coarse, among {pictures} pictures it does not train on"
+    print(f"   {paint('step seconds', '1')}{'R@1':>8}{'R@5':>8}{'R@10':>8}   {asked}")
+    chance = [100 * min(1, k / pictures) for k in (1, 5, 10)]
+    figures = "".join(f"{percent:8.1f}" for percent in chance)
+    print(f"   {'chance':<12}{figures}   {bar(chance[-1])}", flush=True)
     begin = None
 
     def watch(row: dict) -> None:
@@ -194,21 +202,57 @@ def train_small(seconds: float) -> None:
                 raise TimeIsUp
 
     try:
-        train(
-            Config(**SMALL),
-            "scenes",
-            OUT / "small",
-            limit=RECORDINGS,
-            on_step=watch,
-            progress=False,
-        )
+        options = {"limit": RECORDINGS, "on_step": watch, "progress": False}
+        train(Config(**SMALL), "scenes", OUT / "small", **options)
     except TimeIsUp:
         pass
     finally:
         shutil.rmtree(OUT / "small", ignore_errors=True)
-    print(
-        "   (the bar is R@10; `make reference` trains the full model, `make small` one without any pretrained part)"
-    )
+    print("   (the bar is R@10; `make reference` trains the full model,")
+    print("   `make small` one without any pretrained part)")
+
+
+PARTS = [  # title, explanation
+    (
+        "Scenes nobody has shown it",
+        "synthetic voices and combinations of things that training did not hold",
+    ),
+    (
+        "People nobody has let it hear",
+        "human recordings of the stamps in a drawing program, whose pictures it never saw either",
+    ),
+    ("Three of those recordings, answered", "drawn by lot, among all stamps"),
+    (
+        "A small model, from nothing",
+        "frozen ears and eyes; all that reads them starts from random numbers",
+    ),
+]
+
+
+def show(seconds: float, ahead: subprocess.Popen, cores: int) -> None:
+    "The four parts; the last one waits for what the other core prepared."
+    from speechimg.retrieval import load_model
+
+    model = load_model("reference")
+    parts = (evaluate_reference, evaluate_people, answer_people)
+    for number, (part, (title, explanation)) in enumerate(zip(parts, PARTS), 1):
+        heading(number, title, explanation)
+        part(model)
+    heading(4, f"{PARTS[3][0]}, in {seconds:.0f} seconds", PARTS[3][1])
+    if ahead.poll() is None:
+        print("   reading its recordings and pictures, once ...\n", flush=True)
+    ahead.wait()
+    torch_threads(cores)
+    train_small(seconds)
+
+
+def torch_threads(count: int | None = None) -> int:
+    "How many threads torch uses; with a count, that many from now on."
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
 
 
 def main() -> None:
@@ -220,60 +264,26 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
-    import torch
-
     from speechimg.core import InputError
-    from speechimg.retrieval import load_model
 
     if options.prepare:
         return prepare()
     OUT.mkdir(parents=True, exist_ok=True)
-    cores, ahead = torch.get_num_threads(), None
-    torch.set_num_threads(
-        max(1, cores // 2)
-    )  # the other half is for prepare(): threads that fight for a core are slower than one
+    cores = torch_threads()
+    torch_threads(max(1, cores // 2))  # the other half is for prepare()
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ahead = subprocess.Popen([sys.executable, __file__, "--prepare"], **silent)
     try:
-        model = load_model("reference")
-        ahead = subprocess.Popen(
-            [sys.executable, __file__, "--prepare"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        heading(
-            1,
-            "Scenes nobody has shown it",
-            "synthetic voices and combinations of things that training did not hold",
-        )
-        evaluate_reference(model)
-        heading(
-            2,
-            "People nobody has let it hear",
-            "human recordings of the stamps in a drawing program, zero-shot: it never saw these pictures either",
-        )
-        evaluate_people(model)
-        heading(3, "Three of those recordings, answered", "drawn by lot, among all stamps")
-        answer_people(model)
-        heading(
-            4,
-            f"A small model, from nothing, in {options.seconds:.0f} seconds",
-            "frozen ears and eyes, all that reads them starts from random numbers; it keeps what it learnt nowhere",
-        )
-        if ahead.poll() is None:
-            print("   reading its recordings and pictures, once ...\n", flush=True)
-        ahead.wait()
-        torch.set_num_threads(cores)
-        train_small(options.seconds)
+        show(options.seconds, ahead, cores)
     except InputError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit("\ndemo: stopped")
     finally:
-        if ahead:
-            ahead.terminate()  # nothing is lost: what it had finished is in the cache
-            ahead.wait()
-    print(
-        f"\n{paint('Done', '1;32')} in {time.monotonic() - STARTED:.0f} s. Next: {paint('make lab', '1')} opens the notebooks, {paint('make test', '1')} proves it all."
-    )
+        ahead.terminate()  # nothing is lost: what it had finished is in the cache
+        ahead.wait()
+    print(f"\n{paint('Done', '1;32')} in {time.monotonic() - STARTED:.0f} s. Next:")
+    print(f"{paint('make lab', '1')} opens the notebooks, {paint('make test', '1')} proves it all.")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python3 tools/install.py dev          # and what the tests need
     python3 tools/install.py dev corpora  # several extras
 
-A stamp inside `.venv` remembers what was installed, so that a second call costs nothing. This file is the one that must
-run under any Python 3, to be able to say that a Python is too old: nothing newer than 3.4 in it, and no f-strings.
+A stamp inside `.venv` remembers what was installed, so that a second call costs nothing. This file
+must run under any Python 3, to be able to say that a Python is too old: nothing newer than 3.4.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ STAMP = os.path.join(".venv", "speechimg-installed")
 
 BROKEN_PAIR = """
 torch and torchaudio are installed but do not load together: {problem}
-Both must come from the same place and be built for the same CUDA (or both for no CUDA). The pair that works:
-    .venv/bin/python -m pip install --force-reinstall "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"
+Both must come from the same place and be built for the same CUDA (or both for none). This works:
+    .venv/bin/python -m pip install --force-reinstall \
+        "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"
 """
 
 NO_VENV = """
-{python} cannot make a virtual environment here. On Debian and Ubuntu that part is a package of its own:
+{python} cannot make a virtual environment here. On Debian that part is a package of its own:
     sudo apt-get install python3-venv
 """
 
@@ -49,7 +50,8 @@ def find_python():
         if name and (version_of(name) or (0, 0)) >= OLDEST:
             return name
     sys.exit(
-        "speechimg needs Python %d.%d or newer; `python3` here is %d.%d (%s) and there is no newer one beside it.\n"
+        "speechimg needs Python %d.%d or newer; `python3` here is %d.%d (%s), and no newer one "
+        "is beside it.\n"
         "Install one, or name it:  make PYTHON=/path/to/python3.12 demo"
         % (OLDEST + tuple(sys.version_info[:2]) + (sys.executable,))
     )
@@ -65,7 +67,7 @@ def make_venv():
 
 
 def wanted(extras):
-    "What the stamp must say: the requirements, and where this folder is (an editable install breaks when it moves)."
+    "What the stamp must say: the requirements, and where this folder is."
     with open("pyproject.toml", "rb") as file:
         requirements = hashlib.sha256(file.read()).hexdigest()
     return [requirements, os.getcwd()] + sorted(extras)
@@ -88,10 +90,13 @@ def install(extras):
     )
     sys.stdout.flush()
     target = "." + ("[" + ",".join(extras) + "]" if extras else "")
-    command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--editable", target]
+    # Python compiles what it imports, when it does; compiling all of PyTorch takes a minute
+    command = [PYTHON, "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
+    command += ["--editable", target]
     if subprocess.call(command + ([] if sys.stdout.isatty() else ["--quiet"])) != 0:
         sys.exit(
-            "pip could not install speechimg: its message is above. Run the same command again once that is solved."
+            "pip could not install speechimg: its message is above. "
+            "Run the same command again once that is solved."
         )
     check = subprocess.Popen([PYTHON, "-c", "import torch, torchaudio"], stderr=subprocess.PIPE)
     error = check.communicate()[1].decode("utf-8", "replace").strip().splitlines()

@@ -36,9 +36,9 @@ def paths(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.parts), not path.name[:1].isdigit(), path))
 
 
-def name_of(path: Path, root: Path = ROOT) -> str:
+def name_of(path: Path, root: Path | None = None) -> str:
     """What a notebook is called on the command line: 06_sic, research/hub."""
-    return path.relative_to(root / "nbs").with_suffix("").as_posix()
+    return path.relative_to((root or ROOT) / "nbs").with_suffix("").as_posix()
 
 
 def read(path: Path) -> dict:
@@ -53,7 +53,7 @@ def source(cell: dict) -> str:
 
 
 def directives(cell: dict) -> dict[str, str]:
-    "The `#|` lines at the top of a code cell: {'export': '', 'eval': 'false', 'default_exp': 'core'}."
+    "The `#|` lines at the top of a code cell: {'export': '', 'default_exp': 'core'}."
     found = {}
     for line in source(cell).splitlines() if cell["cell_type"] == "code" else []:
         match = DIRECTIVE.match(line)
@@ -87,7 +87,7 @@ def write(path: Path, notebook: dict) -> None:
 
 
 def give_ids(root: Path) -> None:
-    "Give each cell that has none, or another's, an id that depends on nothing but its place and text: nbdev would draw one at random."
+    "Give each cell without an id of its own one that depends on nothing but its place and text."
     for path in paths(root):
         notebook, taken = read(path), set()
         for index, cell in enumerate(notebook["cells"]):
@@ -100,7 +100,7 @@ def give_ids(root: Path) -> None:
 
 
 def keep_pictures(root: Path) -> None:
-    "Where sliders brought a picture along, keep the picture: a stored slider leads to a process that is no more, and JupyterLab shows an error in its place."
+    "Where sliders brought a picture along, keep the picture: their process is no more."
     slider = "application/vnd.jupyter.widget-view+json"
     for path in paths(root):
         notebook = read(path)
@@ -130,7 +130,7 @@ def nbdev(root: Path, module: str, name: str, arguments: str = "") -> subprocess
 
 
 def export(root: Path) -> None:
-    "Ids, no dead sliders, nbdev_clean, nbdev_export: what must have happened before a notebook is committed."
+    "What must have happened before a notebook is committed: ids, nbdev_clean, nbdev_export."
     give_ids(root)
     keep_pictures(root)
     for module, name in (("clean", "nbdev_clean"), ("doclinks", "nbdev_export")):
@@ -140,15 +140,11 @@ def export(root: Path) -> None:
 
 
 def write_catalogue(root: Path) -> None:
-    "Write speechimg/course/course.json, the checks that learners may see, from the marks in the chapters."
-    code = "from pathlib import Path; from speechimg.course.handout import write_catalogue; write_catalogue(Path('nbs'), Path('speechimg/course/course.json'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+    "Write speechimg/course/course.json, the checks that learners may see."
+    code = "from speechimg.course.handout import write_catalogue; write_catalogue()"
+    variables = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"course.json failed:\n{done.stderr.strip()}")
 
@@ -179,7 +175,7 @@ def test_one(path: Path) -> tuple[float, str]:
 
 
 def test(chosen: list[Path], workers: int) -> int:
-    "nbdev_test on each notebook, `workers` at a time, the longest of last time first; returns how many failed."
+    "nbdev_test on each notebook, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
@@ -188,10 +184,8 @@ def test(chosen: list[Path], workers: int) -> int:
         for path, (seconds, problem) in zip(chosen, pool.map(test_one, chosen)):
             known[name_of(path)] = round(seconds, 1)
             late = f"  over {SECONDS} s" if seconds > SECONDS else ""
-            print(
-                f"  {'FAILED' if problem else 'passed'}  {name_of(path):<24} {seconds:6.1f} s{late}",
-                flush=True,
-            )
+            verdict = "FAILED" if problem else "passed"
+            print(f"  {verdict}  {name_of(path):<26} {seconds:6.1f} s{late}", flush=True)
             if problem:
                 failed.append((path, problem))
     record.parent.mkdir(exist_ok=True)
@@ -203,7 +197,7 @@ def test(chosen: list[Path], workers: int) -> int:
 
 
 def run(chosen: list[Path]) -> None:
-    "Run each notebook from top to bottom in a fresh kernel, in its own folder, and keep what it showed. Cells marked gpu: where there is one."
+    "Run each notebook in a fresh kernel, in its own folder, and keep what it showed."
     import nbformat
     import torch
     from nbclient import NotebookClient

@@ -1,10 +1,10 @@
-"""Write README.md from nbs/index.ipynb, with nbconvert. Nothing is executed: the outputs are those that the notebook holds.
+"""Write README.md from nbs/index.ipynb, with nbconvert. Nothing is executed: outputs are kept ones.
 
     python tools/readme.py          # write README.md and the pictures beside the notebook
     python tools/readme.py --check  # only say whether they are up to date
 
-Three directives shape it: `#| hide` leaves a whole cell out, `#| echo: false` leaves out its code and keeps what it shows, and
-`#| fig-alt: words` says what its picture shows to those who cannot see it.
+Three directives shape it: `#| hide` leaves a cell out, `#| echo: false` leaves out its code and
+keeps what it shows, and `#| fig-alt: words` says what its picture shows to those who cannot see it.
 """
 
 import os
@@ -23,7 +23,7 @@ TARGET = re.compile(r"""(\]\(|(?:src|href)=["'])(?!https?:|mailto:|data:|#)([^)"
 
 
 def prepared(notebook):
-    "The cells that a reader of the README sees, without directives and without what went to stderr."
+    "The cells that a reader of the README sees, without directives and stderr."
     cells = []
     for cell in notebook.cells:
         flags = directives(cell)
@@ -33,7 +33,7 @@ def prepared(notebook):
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             cell.alt = flags.get("fig-alt", "a figure")
             cell.source = "" if flags.get("echo") == "false" else body(cell)
-            # what runs shown in its best form: a picture or markdown, not the text that stands in for it
+            # a picture or markdown, not the text that stands in for it
             for output in cell.outputs:
                 data = output.get("data", {})
                 if any(kind in data for kind in ("image/png", "image/svg+xml", "text/markdown")):

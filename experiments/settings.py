@@ -1,9 +1,12 @@
-"""What helped the coarse stage learn, measured: the same short training, one thing changed at a time.
+"""What helped the coarse stage learn, measured: the same short training, one thing changed at a
+time.
 
-    python tools/experiments.py [NAME ...]    # appends to data/experiments.jsonl; a line that is there is not measured again
+    python experiments/settings.py [NAME ...]    # appends what is not in data/experiments.jsonl
 
-Each run is `speechimg train --corpus scenes` with the reference's settings, cut to 600 steps with matching left out (it starts later) and
-siblings from step 300 on; then one change. The figures are of the validation split: coarse R@1, R@5 and R@10, speech to picture, and the swap probe.
+Each run is `speechimg train --corpus scenes` with the reference's settings, cut to 600 steps
+with matching left out (it starts later) and siblings from step 300 on; then one change. The
+figures are of the validation split: coarse R@1, R@5 and R@10, speech to picture, and the swap
+probe.
 """
 
 import json
@@ -28,9 +31,15 @@ def run(name: str, change: dict, out: Path) -> dict:
     from speechimg.train import train
 
     settings = read_json(Path("data/models/reference/train.json")) | {
-        "steps": STEPS, "student_steps": STEPS, "queue_warmup_steps": STEPS, "sim_start_step": STEPS, "siblings_start_step": STEPS // 2,
-        "evaluate_every": STEPS, "checkpoint_every": STEPS,
-    } | change  # fmt: skip
+        "steps": STEPS,
+        "student_steps": STEPS,
+        "queue_warmup_steps": STEPS,
+        "sim_start_step": STEPS,
+        "siblings_start_step": STEPS // 2,
+        "evaluate_every": STEPS,
+        "checkpoint_every": STEPS,
+    }
+    settings |= change
     shutil.rmtree(out, ignore_errors=True)
     metrics = read_json(
         train(Config.from_dict(settings), "scenes", out, progress=False) / "metrics.json"

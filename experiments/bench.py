@@ -1,11 +1,13 @@
-"""Speed, in figures: the training step, its loader, re-ranking, search, growth with size, start-up. Mostly ratios of two things measured in turn.
+"""Speed, in figures: the training step, its loader, re-ranking, search, growth with size, start-up.
+Mostly ratios of two things measured in turn.
 
-    python tools/bench.py               # all parts, report to data/bench.json and data/bench.md (under 10 minutes on two free cores)
-    python tools/bench.py step rerank   # some of them; in the report the others stay as they are
-    python tools/bench.py --quick       # tiny sizes, to see that it works
+    python experiments/bench.py               # all parts, to data/bench.json and bench.md
+    python experiments/bench.py step rerank   # some of them; the others stay as they are
+    python experiments/bench.py --quick       # tiny sizes, to see that it works
 
-Each part runs in a process of its own, on one thread; medians over repeats. "Before" is the same measurement of the code of commit BEFORE, in
-the same run, where the clone holds that commit; else what the report said last. Features that the cache lacks are computed first, which takes minutes more.
+Each part runs in a process of its own, on one thread; medians over repeats. "Before" is the same
+measurement of the code of commit BEFORE, in the same run, where the clone holds that commit;
+else what the report said last. Features that the cache lacks are computed first: minutes more.
 """
 
 import argparse
@@ -73,7 +75,8 @@ def exponent(sizes, times):
 
 
 def workshop(quick, **settings):
-    "The reference configuration on some of scenes, past the start of matching: .config .features .alignment .optimizer .items .steps"
+    """The reference configuration on some of scenes, past the start of matching: .config .features
+    .alignment .optimizer .items .steps"""
     from speechimg.alignment import Alignment
     from speechimg.core import Config, read_json, seed_everything
     from speechimg.corpora import load_corpus
@@ -117,7 +120,8 @@ def stepper(shop):
 
 
 def products(work):
-    "What work multiplies: [(operation, arguments)], forward and backward, on tensors of the same sizes, strides and precision."
+    """What work multiplies: [(operation, arguments)], forward and backward, on tensors of the same
+    sizes, strides and precision."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -150,7 +154,10 @@ def products(work):
             query.shape[0] * query.shape[1],
             (query.shape[2], key.shape[2], query.shape[3]),
         )
-        part = lambda *shape: ready(query.new_empty(heads, *shape))
+
+        def part(*shape):
+            return ready(query.new_empty(heads, *shape))
+
         return part(asks, size), part(answers, size), part(asks, answers)
 
     class Watch(TorchDispatchMode):
@@ -194,7 +201,8 @@ def step(quick):
 
 
 def loader(quick):
-    "Batches made by one worker while the step runs: how long the step waits, of what the batches take"
+    """Batches made by one worker while the step runs: how long the step waits, of what the batches
+    take"""
     import torch
 
     from speechimg.data import one_ahead
@@ -249,7 +257,8 @@ def loader(quick):
 
 
 def gallery(quick):
-    "The reference model and the Embeddings of 1,000 pictures and their 5,000 recordings (test and test_style of scenes)."
+    """The reference model and the Embeddings of 1,000 pictures and their 5,000 recordings (test and
+    test_style of scenes)."""
     import torch
 
     from speechimg.corpora import load_corpus
@@ -272,7 +281,8 @@ def gallery(quick):
 
 
 def plain_loop(model, embeddings, coarse, queries, k, direction):
-    "As ALBEF's public evaluation: query by query, topk, k pairs of fully padded tokens through all of every block -> (queries, k) scores, candidates."
+    """As ALBEF's public evaluation: query by query, topk, k pairs of fully padded tokens through
+    all of every block -> (queries, k) scores, candidates."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -306,7 +316,8 @@ def plain_loop(model, embeddings, coarse, queries, k, direction):
 
 
 def rerank(quick):
-    "Re-ranking both ways: a plain loop over some queries, and the library over more of them, yet fewer than all, so that less is shared"
+    """Re-ranking both ways: a plain loop over some queries, and the library over more of them, yet
+    fewer than all, so that less is shared"""
     import torch
 
     from speechimg.retrieval import pair_scorer
@@ -325,7 +336,10 @@ def rerank(quick):
             coarse[queries].topk(k).indices,
         )
         plain = plain_loop(model, embeddings, coarse, queries[:few], k, direction)
-        fast = lambda: scorer(queries.repeat_interleave(k), candidates.flatten()).view(-1, k)
+
+        def fast():
+            return scorer(queries.repeat_interleave(k), candidates.flatten()).view(-1, k)
+
         slow, quick_one = in_turn(1 if quick else 2, plain, fast)
         (expected, found), got = plain(), fast()[:few]
         assert torch.equal(found, candidates[:few])
@@ -349,7 +363,8 @@ def rerank(quick):
 
 
 def stored(model, count):
-    "What open_gallery would return for so many pictures; random vectors, and the tokens of one picture for all of them."
+    """What open_gallery would return for so many pictures; random vectors, and the tokens of one
+    picture for all of them."""
     import torch
 
     draw = torch.Generator().manual_seed(SEED)
@@ -373,7 +388,8 @@ def wave(length):
 
 
 def search(quick):
-    "One recording of 4 seconds against many stored pictures: embedded, ranked, 16 candidates re-ranked"
+    """One recording of 4 seconds against many stored pictures: embedded, ranked, 16 candidates
+    re-ranked"""
     from speechimg.retrieval import load_model
     from speechimg.retrieval import search as find
 
@@ -414,13 +430,14 @@ def curves(quick):
     _, images = stored(model, sizes[-1])
     frames = torch.as_tensor(model.speech_tower.front_end(wave(4)))
     heard = embed(model, SimpleNamespace(speech=[frames] * 4, image=[], image_of=None))
-    ask = lambda count, k: (
-        lambda: two_stages(
+
+    def ask(count, k):
+        return lambda: two_stages(
             model,
             heard._replace(image=images.image[:count], image_tokens=images.image_tokens[:count]),
             k,
         )
-    )
+
     kept["gallery, pictures"] = sizes, in_turn(repeats, *(ask(count, 16) for count in sizes))
     many = [16 * 2**place for place in range(top)]
     kept["candidates k"] = many, in_turn(repeats, *(ask(1000, k) for k in many))
@@ -462,11 +479,17 @@ def curves(quick):
 def start(quick):
     "Importing everything beyond torch, and the command line's --help, each in fresh processes"
     names = sorted(
-        path.stem for path in (ROOT / "speechimg").glob("*.py") if not path.stem.startswith("_")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "speechimg").rglob("*.py")
+        if not path.stem.startswith("_")
     )
-    timed = "import sys, time, torch; b = time.perf_counter(); [__import__(n) for n in sys.argv[1:]]; print(time.perf_counter() - b)"
-    python = lambda *arguments: (
-        subprocess.run(
+    timed = (
+        "import sys, time, torch; b = time.perf_counter(); "
+        "[__import__(n) for n in sys.argv[1:]]; print(time.perf_counter() - b)"
+    )
+
+    def python(*arguments):
+        return subprocess.run(
             [sys.executable, *arguments],
             cwd=ROOT,
             capture_output=True,
@@ -474,10 +497,12 @@ def start(quick):
             check=True,
             env=environment(ROOT),
         ).stdout
-    )
-    imports = lambda modules: min(
-        float(python("-c", timed, *modules)) for _ in range(1 if quick else 5)
-    )  # whatever disturbs makes it longer
+
+    def imports(modules):
+        return min(
+            float(python("-c", timed, *modules)) for _ in range(1 if quick else 5)
+        )  # whatever disturbs makes it longer
+
     python("-c", timed, "speechimg")  # from here on compiled
     package, main = imports(["speechimg"]), imports(["speechimg.train", "speechimg.retrieval"])
     every = imports([f"speechimg.{name}" for name in names])
@@ -627,20 +652,20 @@ def bench(parts, quick=False, say=lambda line: None):
     for part in parts:
         begin = time.monotonic()
         report[part] = (
-            {"what": PARTS[part].__doc__}
+            {"what": " ".join(PARTS[part].__doc__.split())}
             | measured(part, quick, say)
             | {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
         )
         report[part]["seconds"] = round(time.monotonic() - begin, 1)
         for name, one in report[part]["figures"].items():
-            say(
-                f"{name}: {one['value']:.4g} {one['unit']}{'' if one['met'] is None else ', met' if one['met'] else ', MISSED'}"
-            )
+            met = {None: "", True: ", met", False: ", MISSED"}[one["met"]]
+            say(f"{name}: {one['value']:.4g} {one['unit']}{met}")
     return report
 
 
 def merged(old, new):
-    "Reports of parts, the new ones in place of the old; a comparison that could not be made again stays, with its commit."
+    """Reports of parts, the new ones in place of the old; a comparison that could not be made again
+    stays, with its commit."""
     for part, one in new.items():
         if "before" in old.get(part, {}):
             one.setdefault("before", old[part]["before"])
@@ -650,15 +675,17 @@ def merged(old, new):
 
 def table(parts):
     "The report as a table in markdown."
-    short = lambda one: f"{one['value']:,.4g} {one['unit']}" if one else ""
+
+    def short(one):
+        return f"{one['value']:,.4g} {one['unit']}" if one else ""
+
     lines = ["| figure | before | measured | aim | met |", "| --- | --- | --- | --- | --- |"]
     for part in parts.values():
         before = part.get("before", {}).get("figures", {})
         for name, one in part["figures"].items():
             met = "" if one["met"] is None else "yes" if one["met"] else "**no**"
-            lines.append(
-                f"| {name} | {short(before.get(name))} | {short(one)} | {one['aim'] or ''} | {met} |"
-            )
+            cells = [name, short(before.get(name)), short(one), one["aim"] or "", met]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,9 @@
 """Measure a trained model and put it where the project keeps its own.
 
-    python tools/publish.py runs/reference data/models/reference
+    python experiments/publish.py runs/reference data/models/reference
 
-Writes config.json, model.safetensors, a model card and metrics.json: what the training said of itself, and what the model
-scores on everything that ships. The tables of nbs/index.ipynb and of the README are read from that file.
+Writes config.json, model.safetensors, a model card and metrics.json: what the training said of
+itself, and what the model scores on everything that ships. README's tables are read from that file.
 """
 
 import datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def measure(model) -> dict:
-    "The model's scores on the test scenes, in the held-out style too, on new voices alone, and on people: {set: figures}."
+    "The model's scores on test scenes, in the held-out style, on new voices, and on people."
     from speechimg.corpora import find, load_corpus, load_probe, splits
     from speechimg.retrieval import evaluate, evaluate_corpus, load_features, swap_trials
 
@@ -52,7 +52,7 @@ def publish(run: Path, folder: Path) -> dict:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python tools/publish.py RUN FOLDER")
+        sys.exit("usage: python experiments/publish.py RUN FOLDER")
     from speechimg.core import InputError
 
     try:

@@ -1,16 +1,20 @@
-"""The paper's questions at our scale: every run behind nbs/14_results.ipynb, one JSON line each in data/results.jsonl.
+"""The paper's questions at our scale: every run behind nbs/14_results.ipynb, one JSON line each in
+data/results.jsonl.
 
-    python tools/results.py                    # all that is missing, two runs at a time, each on one core; hours
-    python tools/results.py ablation noise     # only these experiments
-    python tools/results.py --list             # what there is, and what is done
+    python experiments/results.py                  # all that is missing: hours
+    python experiments/results.py ablation noise     # only these experiments
+    python experiments/results.py --list             # what there is, and what is done
 
-A run that was stopped goes on from its checkpoint. A line that is there is not measured again; to measure it anew, delete it.
-A line holds the experiment, the row, the seed, the settings that differ from the defaults, the commit, seconds, and the figures.
+A run that was stopped goes on from its checkpoint. A line that is there is not measured again;
+to measure it anew, delete it. A line holds the experiment, the row, the seed, the settings that
+differ from the defaults, the commit, seconds, and the figures.
 
-Every model is trained in two stages, of 500 and 800 steps. Stage 1 is the same for all rows of a seed: contrastive learning within the batch.
-Stage 2 begins with its weights, an empty queue and a fresh schedule, and is what the rows differ in. All rows see the same data in the same
-order for the same number of steps, at the same rates; nothing was tuned for any of them. Siblings are not put into the same batch, as nobody could
-for a corpus of photographs; the experiment of that name shows what it would change. The test split is looked at once, at the end of each run.
+Every model is trained in two stages, of 500 and 800 steps. Stage 1 is the same for all rows of a
+seed: contrastive learning within the batch. Stage 2 begins with its weights, an empty queue and
+a fresh schedule, and is what the rows differ in. All rows see the same data in the same order
+for the same number of steps, at the same rates; nothing was tuned for any of them. Siblings are
+not put into the same batch, as nobody could for a corpus of photographs; the experiment of that
+name shows what it would change. The test split is looked at once, at the end of each run.
 """
 
 import argparse
@@ -116,7 +120,8 @@ def plan() -> list[Run]:
     for seed in SEEDS:
         add("languages", "six languages", seed, STAGE_1 | {"seed": seed}, measures=("languages",))
     add("depth", "everything", 0, measures=("depth",), start=f"ablation/{EVERYTHING}/0")
-    for seed in SEEDS:  # distillation softens the contrastive targets, so it is tested by the contrastive loss alone
+    # distillation softens the contrastive targets, so it is tested by the contrastive loss alone
+    for seed in SEEDS:
         for noise in (0, 20, 40):
             start = (
                 add(
@@ -142,7 +147,9 @@ def plan() -> list[Run]:
                         start,
                         noise,
                     )
-    for seed in SEEDS:  # what would make mined negatives hard: siblings, which share nouns with the anchor, in each batch
+    # what would make mined negatives hard: siblings, which share nouns with the anchor, in each
+    # batch
+    for seed in SEEDS:
         for row, settings in {
             "random negatives": {"negative_sampling": "random"},
             "hard negatives": {},
@@ -201,7 +208,8 @@ def plan() -> list[Run]:
 
 
 def moved(corpus, percent: int, seed: int):
-    "The corpus with so many of its captions moved to a picture of another meaning: their labels are wrong, and nobody is told."
+    """The corpus with so many of its captions moved to a picture of another meaning: their labels
+    are wrong, and nobody is told."""
     from dataclasses import replace
 
     import torch
@@ -225,7 +233,8 @@ def moved(corpus, percent: int, seed: int):
 
 
 def corpus_of(run: Run):
-    "A function split -> Corpus for training: scenes, with noise in the labels or without, or six languages of stamps."
+    """A function split -> Corpus for training: scenes, with noise in the labels or without, or six
+    languages of stamps."""
     from speechimg.corpora import load_corpus
 
     def scenes(split):
@@ -247,7 +256,8 @@ def only(corpus, wanted):
 
 
 def recalls(model, features, k: int = 16, probe=None) -> dict:
-    "Recall of the coarse ranking, and of the fine one by matching alone and by both stages together; one fusion of each pair serves both."
+    """Recall of the coarse ranking, and of the fine one by matching alone and by both stages
+    together; one fusion of each pair serves both."""
     import torch
 
     from speechimg.retrieval import embed, pair_scorer, percent, rerank, swap_accuracy
@@ -323,7 +333,8 @@ def zero_shot(model, run: Run) -> dict:
 
 
 def languages(model, run: Run) -> dict:
-    "Recall per language and kind of picture, and from one language's recording to another's of the same picture."
+    """Recall per language and kind of picture, and from one language's recording to another's of
+    the same picture."""
     import torch
 
     from speechimg.corpora import load_corpus
@@ -350,7 +361,8 @@ def languages(model, run: Run) -> dict:
 
 
 def between(vectors: dict) -> dict:
-    "{language: {language: R@10 in percent}}: which recordings of the second are nearest to one of the first, among up to 60 shared pictures."
+    """{language: {language: R@10 in percent}}: which recordings of the second are nearest to one of
+    the first, among up to 60 shared pictures."""
     import torch
 
     from speechimg.retrieval import recall_at_k
@@ -373,7 +385,8 @@ def between(vectors: dict) -> dict:
 
 
 def mined(model, run: Run) -> dict:
-    "Whom the first stage takes for the right picture: for 64 recordings of val, at several moments of the training."
+    """Whom the first stage takes for the right picture: for 64 recordings of val, at several
+    moments of the training."""
     import safetensors.torch
     import torch
 
@@ -409,16 +422,36 @@ def mined(model, run: Run) -> dict:
         }
         other = ~torch.eye(len(scene), dtype=torch.bool)
         found[str(step)] = {
-            "shares": {what: [round(100 * float((probability * there).sum(1).mean()), 2), round(100 * float(there[other].float().mean()), 2)] for what, there in same.items()},
-            "likeliest": [{"uttid": features.uttids[row], "probability": round(float(probability[row].max()), 3), "picture": pictures[int(features.image_of[int(probability[row].argmax())])].path,
-                           "uttid of it": features.uttids[int(probability[row].argmax())]} for row in range(0, 64, 8)],
+            "shares": {
+                what: [
+                    round(100 * float((probability * there).sum(1).mean()), 2),
+                    round(100 * float(there[other].float().mean()), 2),
+                ]
+                for what, there in same.items()
+            },
+            "likeliest": [likeliest(features, pictures, probability, row) for row in LOOKED_AT],
             "top probability": round(float(probability.max(1).values.mean()), 4),
-        }  # fmt: skip
+        }
     return found
 
 
+LOOKED_AT = range(0, 64, 8)
+
+
+def likeliest(features, pictures, probability, row) -> dict:
+    "What the first stage takes for the right picture of one recording."
+    best = int(probability[row].argmax())
+    return {
+        "uttid": features.uttids[row],
+        "probability": round(float(probability[row].max()), 3),
+        "picture": pictures[int(features.image_of[best])].path,
+        "uttid of it": features.uttids[best],
+    }
+
+
 def depth(model, run: Run) -> dict:
-    "Recall and seconds against k, the number of candidates that are re-ranked, speech to picture on test."
+    """Recall and seconds against k, the number of candidates that are re-ranked, speech to picture
+    on test."""
     from speechimg.corpora import load_corpus
     from speechimg.retrieval import embed, load_features, pair_scorer, percent, rerank
 
@@ -506,22 +539,36 @@ def carry_out(run: Run) -> None:
     for name in run.measures:
         figures |= {name: globals()[name](model, run)}
     defaults = {item.name: item.default for item in fields(Config)}
-    write_json(run.folder / "line.json", {
-        "experiment": run.experiment, "row": run.row, "seed": run.seed, "start": run.start, "noise": run.noise,
+    line = {
+        "experiment": run.experiment,
+        "row": run.row,
+        "seed": run.seed,
+        "start": run.start,
+        "noise": run.noise,
         "config": {name: value for name, value in run.config.items() if value != defaults[name]},
-        "commit": commit(), "steps": metrics["steps"], "training_seconds": round(metrics["seconds"], 1), "seconds": round(time.perf_counter() - begin, 1),
-        "torch": torch.__version__, "threads": 1, "temperature": round(model.temperature.item(), 4), "validation": metrics["validation"],
+        "commit": commit(),
+        "steps": metrics["steps"],
+        "training_seconds": round(metrics["seconds"], 1),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "torch": torch.__version__,
+        "threads": 1,
+        "temperature": round(model.temperature.item(), 4),
+        "validation": metrics["validation"],
         "figures": figures,
-    })  # fmt: skip
+    }
+    write_json(run.folder / "line.json", line)
 
 
 def commit() -> str:
     "The commit of the working tree, with a + where something differs from it."
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()  # noqa: E731
+
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+
     return git("rev-parse", "--short", "HEAD") + (
-        "+" if git("status", "--porcelain", "--", "speechimg", "tools/results.py") else ""
+        "+" if git("status", "--porcelain", "--", "speechimg", "experiments/results.py") else ""
     )
 
 
@@ -532,7 +579,7 @@ def main() -> int:
     parser.add_argument(
         "experiments",
         nargs="*",
-        help="only these: stage 1, ablation, languages, depth, noise, siblings, queue size, momentum, temperature, queue negatives, negatives",
+        help="only these, by name; --list says what there is",
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--list", action="store_true", help="say what there is")
@@ -559,11 +606,14 @@ def main() -> int:
             name = by_name[name].start
             wanted.add(name)
     waiting, failed = [run for run in runs if run.name in wanted and run.name not in done], 0
-    ready = lambda run: (
-        run.start is None
-        or (by_name[run.start].folder / "model.safetensors").exists()
-        and run.start not in working
-    )  # noqa: E731
+
+    def ready(run):
+        return (
+            run.start is None
+            or (by_name[run.start].folder / "model.safetensors").exists()
+            and run.start not in working
+        )
+
     for run in runs:  # a model that somebody needs and that was cleaned away
         if (
             run.name in done

@@ -1,11 +1,13 @@
-"""Reliability, in figures: kills, a full disk, hostile files, mutated sounds and pictures, a shared and a damaged cache.
+"""Reliability, in figures: kills, a full disk, hostile files, mutated sounds and pictures, a shared
+and a damaged cache.
 
-    python tools/soak.py                       # all experiments, report to data/soak.json and data/soak.md (under 30 minutes on two free cores)
-    python tools/soak.py disk cache            # some of them; in the report the others stay as they are
-    python tools/soak.py --quick               # a handful of each
+    python experiments/soak.py                # all experiments, to data/soak.json and soak.md
+    python experiments/soak.py disk cache     # some of them; the others stay as they are
+    python experiments/soak.py --quick        # a handful of each
 
-Every draw comes from a fixed seed; only the moments of the kills depend on the clock. Exit status 1 if anything fails.
-All that is started runs in process groups of its own, on corpora made here, with caches of its own, in a temporary folder.
+Every draw comes from a fixed seed; only the moments of the kills depend on the clock. Exit
+status 1 if anything fails. All that is started runs in process groups of its own, on corpora
+made here, with caches of its own, in a temporary folder.
 """
 
 import argparse
@@ -34,9 +36,8 @@ import soak_files as files
 
 ROOT, SEED = Path(__file__).resolve().parent.parent, 0
 MEMORY, FILE_SECONDS = 2048, 20  # MiB that no process may exceed; seconds that no file may take
-SPACE = (
-    8 * 2**30
-)  # address space of a child that is given hostile files: what asks for more is refused by the kernel
+# address space of a child that is given hostile files: what asks for more is refused by the kernel
+SPACE = 8 * 2**30
 TINY = {
     "width": 16,
     "dim": 8,
@@ -86,7 +87,8 @@ def start(arguments, cache, **options):
 
 
 def high_water(pid="self"):
-    "The largest memory of a process since it began its program, in MiB; ru_maxrss would count what its parent held at the fork."
+    """The largest memory of a process since it began its program, in MiB; ru_maxrss would count
+    what its parent held at the fork."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -97,7 +99,8 @@ def high_water(pid="self"):
 
 
 def child(arguments, cache, kill_after=None, limit=300, space=None, aim=None):
-    "Run, or run and SIGKILL after so many seconds, with `aim` as soon after that as aim() says: .code .out .err .seconds .peak (MiB) .killed"
+    """Run, or run and SIGKILL after so many seconds, with `aim` as soon after that as aim() says:
+    .code .out .err .seconds .peak (MiB) .killed"""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.monotonic()
         process = start(arguments, cache, stdout=out, stderr=err)
@@ -146,7 +149,8 @@ def told(err):
 
 
 def complaint(outcome):
-    "What is wrong with how a command ended, whatever it was given: a traceback, a signal, too much memory, no clear word. None = nothing."
+    """What is wrong with how a command ended, whatever it was given: a traceback, a signal, too
+    much memory, no clear word. None = nothing."""
     if outcome.code < 0:
         return f"ended by signal {-outcome.code}" + (" (time limit)" if outcome.killed else "")
     if "Traceback" in outcome.err:
@@ -165,7 +169,8 @@ def complaint(outcome):
 
 
 def corpus(folder, count=16):
-    "A corpus of a few stamps: train.json, val.json and test.json with the same number of recordings each."
+    """A corpus of a few stamps: train.json, val.json and test.json with the same number of
+    recordings each."""
     with zipfile.ZipFile(ROOT / "data" / "stamps.zip") as archive:
         entries = [
             entry for entry in json.loads(archive.read("all.json"))["data"] if entry["captions"]
@@ -263,7 +268,9 @@ LATE = (
 
 
 def kills(what, command, result, finished, count, work, rng):
-    "Kill the command at `count` random moments of its work, every third time at the next file that is being written; each time start it again, compare every result with an undisturbed one."
+    """Kill the command at `count` random moments of its work, every third time at the next file
+    that is being written; each time start it again, compare every result with an undisturbed
+    one."""
     if not count:
         return {"count": 0, "late": 0, "moments": {}, "failures": []}
     whole = work / f"{what}-whole"
@@ -293,7 +300,10 @@ def kills(what, command, result, finished, count, work, rng):
             if done == count:
                 break
             before, aimed, tries = half_written(folder), tries % 3 == 1, tries + 1
-            writing = lambda: half_written(folder) - before  # noqa: E731
+
+            def writing():
+                return half_written(folder) - before
+
             outcome = child(
                 command(folder, again),
                 folder / "cache",
@@ -329,30 +339,37 @@ def kills(what, command, result, finished, count, work, rng):
 
 
 def killed(bench):
-    "Kills at random moments of training, indexing and evaluation, every third while a file is written; every run ends with the bits of an undisturbed one"
+    """Kills at random moments of training, indexing and evaluation, every third while a file is
+    written; every run ends with the bits of an undisturbed one"""
     count, fewer = 3 if bench.quick else 20, 0 if bench.quick else 6
-    train = lambda folder, again: cli(
-        "train",
-        "--corpus",
-        bench.corpus,
-        "--config",
-        bench.config,
-        "--out",
-        folder / "out",
-        "--limit",
-        16,
-        *(["--resume"] if again else []),
-    )  # noqa: E731
-    index = lambda folder, _: own("index", bench.corpus, folder / "index.safetensors")  # noqa: E731
-    judge = lambda folder, _: cli(
-        "evaluate",
-        "--model",
-        "reference",
-        "--corpus",
-        bench.corpus,
-        "--json",
-        folder / "result.json",
-    )  # noqa: E731
+
+    def train(folder, again):
+        return cli(
+            "train",
+            "--corpus",
+            bench.corpus,
+            "--config",
+            bench.config,
+            "--out",
+            folder / "out",
+            "--limit",
+            16,
+            *(["--resume"] if again else []),
+        )
+
+    def index(folder, _):
+        return own("index", bench.corpus, folder / "index.safetensors")
+
+    def judge(folder, _):
+        return cli(
+            "evaluate",
+            "--model",
+            "reference",
+            "--corpus",
+            bench.corpus,
+            "--json",
+            folder / "result.json",
+        )
 
     def of_judging(folder):
         found = json.loads((folder / "result.json").read_text())
@@ -403,7 +420,8 @@ def killed(bench):
 
 @contextlib.contextmanager
 def small_disk(folder, size):
-    "A file system in memory of so many bytes, on a folder of ours; PermissionError where mounting is not allowed."
+    """A file system in memory of so many bytes, on a folder of ours; PermissionError where mounting
+    is not allowed."""
     folder.mkdir(parents=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
@@ -421,16 +439,21 @@ def small_disk(folder, size):
 
 
 def rows(out, step):
-    "The bytes of the log up to a step. A step that is made again takes other seconds, so only a row that was kept is the same."
+    """The bytes of the log up to a step. A step that is made again takes other seconds, so only a
+    row that was kept is the same."""
     path = out / "log.csv"
     return path.read_bytes().splitlines(keepends=True)[1 : step + 1] if path.exists() else []
 
 
 def full_disk(bench):
-    "The disk fills up while a checkpoint is written: one clear line, the older checkpoint intact; with room again the run goes on from it and ends with the same bits"
-    tree = lambda folder: sum(
-        -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()
-    )  # noqa: E731
+    """The disk fills up while a checkpoint is written: one clear line, the older checkpoint intact;
+    with room again the run goes on from it and ends with the same bits"""
+
+    def tree(folder):
+        return sum(
+            -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()
+        )
+
     whole, failures, stopped, steps, used = bench.whole, [], 0, [], 0
     one = tree(sorted(whole.glob("checkpoint-*"))[-1])
     sizes = [
@@ -458,9 +481,8 @@ def full_disk(bench):
                     continue
                 stopped += 1
                 if outcome.code != 2 or complaint(outcome):
-                    failures.append(
-                        f"{size} bytes: exit code {outcome.code}, {complaint(outcome) or outcome.err[-200:]}"
-                    )
+                    why = complaint(outcome) or outcome.err[-200:]
+                    failures.append(f"{size} bytes: exit code {outcome.code}, {why}")
                 elif "space" not in outcome.err:
                     failures.append(
                         f"{size} bytes: does not say that the disk is full: {outcome.err[-200:]}"
@@ -489,7 +511,8 @@ def full_disk(bench):
                     failures.append(f"{size} bytes: {', '.join(wrong)} differ after the resume")
                 elif len(before) != intact or rows(out, intact) != before:
                     failures.append(
-                        f"{size} bytes: the log up to step {intact} was written anew: the intact checkpoint was not used"
+                        f"{size} bytes: the log up to step {intact} was written anew: "
+                        "the intact checkpoint was not used"
                     )
                 else:
                     used += intact > 0
@@ -518,7 +541,8 @@ def snapshot(folder, without):
 
 
 def hostile(bench):
-    "Truncated, flipped, foreign and hostile checkpoints, configs and models: passed over for the older one, or refused in one line"
+    """Truncated, flipped, foreign and hostile checkpoints, configs and models: passed over for the
+    older one, or refused in one line"""
     rng, failures, peak, counts, slowest, crew = (
         random.Random(SEED),
         [],
@@ -747,7 +771,8 @@ def work_off():
 
 
 def mutants(bench):
-    "500 mutated sounds and pictures through `check` and `search`, as query and as gallery: no traceback, hang, crash or excess"
+    """500 mutated sounds and pictures through `check` and `search`, as query and as gallery: no
+    traceback, hang, crash or excess"""
     work, count, rng = bench.work / "mutants", 40 if bench.quick else 500, random.Random(SEED)
     sounds, pictures = files.mutations(count, SEED)
     picture, wave = (
@@ -826,22 +851,26 @@ def mutants(bench):
 
 
 def shared_cache(bench):
-    "Two trainings share an empty cache; then the cache is damaged in every way and repaired; always the same bits"
+    """Two trainings share an empty cache; then the cache is damaged in every way and repaired;
+    always the same bits"""
     rng, failures, repaired, rounds = random.Random(SEED), [], 0, 1 if bench.quick else 2
     expected = of_training(bench.whole, bench.cache) | {
         "features": bench.features
     }  # by now that cache holds more
-    command = lambda out: [
-        "train",
-        "--corpus",
-        bench.corpus,
-        "--config",
-        bench.config,
-        "--out",
-        out,
-        "--limit",
-        16,
-    ]  # noqa: E731
+
+    def command(out):
+        return [
+            "train",
+            "--corpus",
+            bench.corpus,
+            "--config",
+            bench.config,
+            "--out",
+            out,
+            "--limit",
+            16,
+        ]
+
     for number in range(rounds):
         work = bench.work / f"both-{number}"
         cache, both = work / "cache", []
@@ -854,9 +883,8 @@ def shared_cache(bench):
                     )
             for name, process in both:
                 if process.wait(300):
-                    failures.append(
-                        f"together, {name}: exit code {process.returncode}: {(work / f'{name}.txt').read_text()[-300:]}"
-                    )
+                    said = (work / f"{name}.txt").read_text()[-300:]
+                    failures.append(f"together, {name}: exit code {process.returncode}: {said}")
                 elif wrong := differences(of_training(work / name, cache), expected):
                     failures.append(f"together, {name}: {', '.join(wrong)} differ")
         finally:
@@ -908,7 +936,8 @@ def damage(rng, outside):
         with open(path, "wb") as file:
             np.savez(file, array=array, **options)
 
-    read = lambda path: np.load(path)["array"]  # noqa: E731
+    def read(path):
+        return np.load(path)["array"]
 
     def plain_pickle(path):
         path.write_bytes(pickle.dumps(files.Runs(outside)))
@@ -947,7 +976,8 @@ def damage(rng, outside):
 
 
 def index(corpus, out):
-    "Open a gallery, search it, write embeddings and hits: what is killed in the experiment on indexing."
+    """Open a gallery, search it, write embeddings and hits: what is killed in the experiment on
+    indexing."""
     sys.path.insert(0, str(ROOT))
     import safetensors.torch
     import torch
@@ -985,7 +1015,8 @@ EXPERIMENTS = {
 
 
 def prepared(work, quick):
-    "What the experiments share: a corpus, a config, an undisturbed run and its features, a gallery."
+    """What the experiments share: a corpus, a config, an undisturbed run and its features, a
+    gallery."""
     bench = SimpleNamespace(
         work=work,
         quick=quick,
@@ -1086,7 +1117,7 @@ def soak(names, quick=False, say=lambda line: None):
                 line.replace(folder, "...") for line in found["failures"]
             ]  # no path of one machine
             report[name] = (
-                {"what": experiment.__doc__}
+                {"what": " ".join(experiment.__doc__.split())}
                 | found
                 | {
                     "failures": hidden,
@@ -1094,9 +1125,9 @@ def soak(names, quick=False, say=lambda line: None):
                     "passed": not hidden,
                 }
             )
-            say(
-                f"{name}: {report[name]['seconds']:.0f} s, {report[name]['counts'] or report[name].get('skipped')}, {'passed' if not hidden else 'FAILED'}"
-            )
+            seconds, counts = report[name]["seconds"], report[name]["counts"]
+            verdict = "FAILED" if hidden else "passed"
+            say(f"{name}: {seconds:.0f} s, {counts or report[name].get('skipped')}, {verdict}")
             for line in hidden:
                 say(f"  {line}")
     return summary(report)

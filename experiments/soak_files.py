@@ -1,4 +1,5 @@
-"""Files as nobody wants them: hostile checkpoints, models and configs, mutated sounds and pictures. Used by soak.py.
+"""Files as nobody wants them: hostile checkpoints, models and configs, mutated sounds and pictures.
+Used by soak.py.
 
 Everything is drawn from a fixed seed, so that a finding can be had again by its name.
 """
@@ -71,7 +72,8 @@ def weights(outside):
     }
 
 
-# Checkpoints: each takes the folder of the newest checkpoint, and a file outside that must not come to be
+# Checkpoints: each takes the folder of the newest checkpoint, and a file outside that must not come
+# to be
 
 
 def with_state(change):
@@ -151,7 +153,10 @@ def fifo(folder, rng, outside):
 
 def checkpoint_cases():
     "{what: function that spoils the newest checkpoint}"
-    read = lambda folder: (folder / "model.safetensors").read_bytes()  # noqa: E731
+
+    def read(folder):
+        return (folder / "model.safetensors").read_bytes()
+
     cases = {
         "weights truncated": replaced(
             lambda folder, rng, _: read(folder)[: rng.randrange(1, len(read(folder)))], True
@@ -205,7 +210,10 @@ def checkpoint_cases():
 
 def config_cases(good):
     "{what: text of a config file}, all to be refused."
-    change = lambda **values: json.dumps(good | values)  # noqa: E731
+
+    def change(**values):
+        return json.dumps(good | values)
+
     return {
         "width 10**9": change(width=TERABYTES, heads=1),
         "dim 10**9": change(dim=TERABYTES),
@@ -279,12 +287,15 @@ def model_cases(folder, rng, outside):
 
 def png(width, height):
     "A PNG that claims a size, and holds a few bytes."
-    chunk = lambda kind, content: (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )  # noqa: E731
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -322,7 +333,8 @@ def wav(rate=16_000, channels=1, bits=16, claimed=None, data=bytes(3200)):
 
 
 def seeds():
-    "{ending: [bytes, ...]} for sounds and for pictures: some of the bundled corpora, and the same in every format."
+    """{ending: [bytes, ...]} for sounds and for pictures: some of the bundled corpora, and the same
+    in every format."""
     import soundfile
     from PIL import Image
 
@@ -445,7 +457,8 @@ def mutated(data, others, rng):
 
 
 def mutations(count, seed=0):
-    "({name: sound}, {name: picture}), `count` together, formats in turn, the crafted headers among them."
+    """({name: sound}, {name: picture}), `count` together, formats in turn, the crafted headers
+    among them."""
     rng, made = random.Random(seed), []
     for kinds, special, number in zip(seeds(), extremes(), (count - count // 2, count // 2)):
         every, files = (
