@@ -11,6 +11,7 @@ __all__ = ['DIRECTIONS', 'STAGES', 'fine_scores', 'refuse_infinite', 'rerank', '
 # %% ../nbs/12_retrieval.ipynb #c583ee0b
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -48,12 +49,12 @@ def refuse_infinite(fine, candidates):  # (Q, k) both
 # %% ../nbs/12_retrieval.ipynb #7b922686
 #| exercise: retrieval
 def rerank(
-    coarse,  # (Q, N) coarse score of every query and candidate
-    score_pairs,  # (query_idx (n,), candidate_idx (n,)) -> (n,) fine scores
-    k,  # candidates that each query re-ranks; more than N means all, 0 none
-    mode="sim",  # "sim": the fine score alone (ALBEF); "sum": fine + coarse (BLIP, LAVIS)
-    chunk=8192,  # pairs per call of score_pairs
-):
+    coarse: torch.Tensor,  # (Q, N) coarse score of every query and candidate
+    score_pairs: Callable,  # (query_idx (n,), candidate_idx (n,)) -> (n,) fine scores
+    k: int,  # candidates that each query re-ranks; more than N means all, 0 none
+    mode: str = "sim",  # "sim": fine score alone (ALBEF); "sum": fine + coarse (BLIP, LAVIS)
+    chunk: int = 8192,  # pairs per call of score_pairs
+) -> torch.Tensor:
     """(Q, N) final scores: each query's own k best re-ordered, the rest below in coarse order.
 
     Ties stay ties. Raises ValueError for an unknown mode, and for scores that are no numbers.
@@ -85,11 +86,11 @@ def rerank(
 # %% ../nbs/12_retrieval.ipynb #d5391a42
 #| exercise: retrieval
 def hit_probability(
-    above,  # (Q,) answers with a score above that of the best right one
-    tied,  # (Q,) answers that share its score, itself included
-    positive,  # (Q,) how many of those are right
-    k,  # answers that are looked at
-):
+    above: torch.Tensor,  # (Q,) answers with a score above that of the best right one
+    tied: torch.Tensor,  # (Q,) answers that share its score, itself included
+    positive: torch.Tensor,  # (Q,) how many of those are right
+    k: int,  # answers that are looked at
+) -> torch.Tensor:
     "(Q,) chance of a right one among the first k, random ties: 1 - C(t-p, r) / C(t, r)."
     free = (k - above).clamp(min=0).minimum(tied).double()  # r: places left to the tied
     miss = torch.ones_like(free)
@@ -118,10 +119,10 @@ def checked_scores(scores, image_of):  # as in recall_at_k
 # %% ../nbs/12_retrieval.ipynb #7eda665b
 #| exercise: retrieval
 def recall_at_k(
-    scores,  # (n_speech, n_image) higher = better match
-    image_of,  # (n_speech,) column of each recording's own image
-    ks=(1, 5, 10),  # how many answers one may look at
-):
+    scores: torch.Tensor,  # (n_speech, n_image) higher = better match
+    image_of: torch.Tensor,  # (n_speech,) column of each recording's own image
+    ks: tuple = (1, 5, 10),  # how many answers one may look at
+) -> dict[str, dict[int, float]]:
     "Recall in %, both directions, expected under random ties. ValueError for NaN or odd shapes."
     scores, image_of = checked_scores(scores, image_of)
     own = scores.gather(1, image_of[:, None])  # (n_speech, 1) of the right picture
@@ -238,11 +239,11 @@ def percent(scores, image_of, direction="speech_to_image"):  # as in recall_at_k
 
 
 def evaluate(
-    model,  # SpeechImageModel
-    features,  # data.Features of n recordings and m pictures
-    rerank=16,  # candidates that each query re-ranks
-    probe=None,  # (trials, 3) from swap_trials; "swap" is None without
-):
+    model: SpeechImageModel,
+    features: Features,  # n recordings and m pictures
+    rerank: int = 16,  # candidates that each query re-ranks
+    probe: torch.Tensor | None = None,  # (trials, 3) from swap_trials; "swap" is None without
+) -> dict:
     "What `speechimg evaluate --json` writes: recall in percent, swap probe, fused pairs, seconds."
     start = time.perf_counter()
     embeddings = embed(model, features)
@@ -264,7 +265,9 @@ def evaluate(
     return recall | {"swap": swap, "pairs": pairs, "seconds": seconds}
 
 # %% ../nbs/12_retrieval.ipynb #dd7eb176
-def load_model(name_or_path):  # "reference" or "small", or a folder that train made
+def load_model(
+    name_or_path: str | Path,  # "reference" or "small", or a folder that train made
+) -> SpeechImageModel:
     "A SpeechImageModel on the default device, ready to judge. Raises InputError."
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -369,12 +372,12 @@ def open_gallery(model, pictures):  # SpeechImageModel; a corpus, or any folder 
 
 # %% ../nbs/12_retrieval.ipynb #91133aa7
 def search(
-    model,  # SpeechImageModel
-    wave,  # (n,) a recording, 16 kHz
-    pictures,  # what open_gallery returned, or what it takes
-    top=10,  # how many to return
-    rerank=16,  # candidates to re-rank
-):
+    model: SpeechImageModel,
+    wave: torch.Tensor,  # (n,) a recording, 16 kHz
+    pictures: tuple | str | Path,  # what open_gallery returned, or what it takes
+    top: int = 10,  # how many to return
+    rerank: int = 16,  # candidates to re-rank
+) -> list[Hit]:
     "The best pictures for a recording, best first: a list of Hits."
     if not isinstance(pictures, tuple):
         pictures = open_gallery(model, pictures)

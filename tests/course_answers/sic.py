@@ -81,7 +81,7 @@ def similarity_logits(queries, keys, temperature):
         raise ValueError("temperature")
     return queries.float() @ keys.float().T * temperature
 """,
-        [4, 6, 7, 9],
+        [4, 6, 7, 8, 10],
         "multiplied by the temperature",
     ),
     "half precision": (
@@ -91,8 +91,20 @@ def similarity_logits(queries, keys, temperature):
         raise ValueError("temperature")
     return (queries @ keys.T).float() / temperature
 """,
-        [9],
+        [10],
         "convert first",
+    ),
+    "multiplied in the loss": (
+        """
+def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
+    q, r = targets if isinstance(targets, tuple) else (targets, targets)
+    z = similarity_logits(speech, image_keys, 1.0) * temperature
+    y = similarity_logits(image, speech_keys, 1.0) * temperature
+    first, second = (-(t.detach() * x.log_softmax(1)).sum(1).mean() for t, x in ((q, z), (r, y)))
+    return SicOutput((first + second) / 2, z, y)
+""",
+        [6, 8, 10],
+        "multiplied by the temperature",
     ),
     "wrong axis": (
         """
@@ -105,7 +117,7 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
     loss = lambda t, x: -(t.detach() * x.log_softmax(0)).sum(1).mean()
     return SicOutput((loss(q, z) + loss(r, y)) / 2, z, y)
 """,
-        [7],
+        [8],
         "softmax over the queries",
     ),
     "one direction": (
@@ -118,7 +130,7 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
     )
     return SicOutput(-(q.detach() * z.log_softmax(1)).sum(1).mean(), z, y)
 """,
-        [7, 8, 9],
+        [8, 9, 10],
         "first direction alone",
     ),
     "mean over all cells": (
@@ -133,7 +145,7 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
         (-(q.detach() * z.log_softmax(1)).mean() - (r.detach() * y.log_softmax(1)).mean()) / 2, z, y
     )
 """,
-        [5, 7, 9],
+        [5, 6, 8, 10],
         "mean over all cells",
     ),
     "detach missing": (
@@ -148,7 +160,7 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
         (-(q * z.log_softmax(1)).sum(1).mean() - (r * y.log_softmax(1)).sum(1).mean()) / 2, z, y
     )
 """,
-        [8],
+        [9],
         "detach them",
     ),
     "own keys": (
@@ -169,7 +181,7 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
         y,
     )
 """,
-        [6, 7, 9],
+        [7, 8, 10],
         "recordings ask the picture keys",
     ),
 }
