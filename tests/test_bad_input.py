@@ -1,6 +1,7 @@
 """Bad input, as it comes: each is handled, or told in one line that names the file and the remedy.
 
-Every kind of file goes three ways: through its decoder, through Features (stopping, and skipping), and through check_corpus.
+Every kind of file goes three ways: through its decoder, through Features (stopping, and skipping),
+and through check_corpus.
 """
 
 import io
@@ -94,12 +95,11 @@ PNG, JPEG, WEBP = (image_bytes(PICTURE, form) for form in ("PNG", "JPEG", "WEBP"
 
 def bomb(width, height):
     "A PNG that claims a size, and holds a few bytes."
-    chunk = lambda kind, content: (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )  # noqa: E731
+
+    def chunk(kind, content):
+        length, check = len(content), zlib.crc32(kind + content)
+        return struct.pack(">I", length) + kind + content + struct.pack(">I", check)
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"

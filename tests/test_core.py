@@ -1,4 +1,4 @@
-"core: errors in one line, files whole or not at all, settings that cannot be misspelt, padding without influence."
+"core: errors in one line, files whole or not at all, settings that cannot be misspelt; attention."
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def complaint(make, *arguments, **options):
-    "The message of the InputError that this raises: one line, with a place, a problem and a remedy."
+    "The message of the InputError that this raises: one line with place, problem and remedy."
     with pytest.raises(InputError) as caught:
         make(*arguments, **options)
     text = str(caught.value)
@@ -155,6 +156,88 @@ def test_settings_of_a_file_only_override():
     assert isinstance(Config(temperature_max=1).temperature_max, float)
 
 
+def test_parts_are_inherited_and_flat():
+    "Three parts, no name twice; some twenty settings are for learners, and each says what it is."
+    parts = [core.ModelSettings, core.MethodSettings, core.TrainingSettings]
+    names = [item.name for part in parts for item in fields(part)]
+    assert sorted(names) == sorted(Config().to_dict()) and len(names) == len(set(names))
+    assert 15 <= len(Config.essentials()) <= 25 and set(Config.essentials()) <= set(names)
+    assert all(item.metadata["about"] for item in fields(Config))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_files_of_older_versions_load(tmp_path, precision):
+    core.write_json(tmp_path / "old.json", {"precision": precision})
+    assert Config.load(tmp_path / "old.json").precision == precision
+    assert Config().precision == "auto"
+
+
+# Precision
+
+
+def processor(monkeypatch, able=True, widest="AVX512"):
+    "A processor that can do this, as PyTorch tells it."
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_precision_follows_the_processor(monkeypatch):
+    processor(monkeypatch)
+    assert core.resolved_precision("auto", "cpu") == "bfloat16"
+    assert core.resolved_precision("float32", "cpu") == "float32"
+    processor(monkeypatch, able=False)
+    assert core.resolved_precision("auto", torch.device("cpu")) == "float32"
+    assert core.resolved_precision("bfloat16", "cpu") == "bfloat16"
+    processor(monkeypatch, widest="AVX2")  # what ATEN_CPU_CAPABILITY=avx2 makes of it
+    assert core.resolved_precision("auto", "cpu") == "float32"
+
+
+@pytest.mark.parametrize(
+    "cap, native",
+    [
+        *(("AVX2", False), ("avx512_core", False), ("AVX512_CORE_VNNI", False)),
+        *(("AVX512_CORE_BF16", True), ("avx512_core_amx", True), ("DEFAULT", True), ("", True)),
+        ("something new", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_precision_obeys_the_cap(monkeypatch, name, cap, native):
+    processor(monkeypatch)
+    monkeypatch.setenv(name, cap)
+    assert core.resolved_precision("auto", "cpu") == ("bfloat16" if native else "float32")
+
+
+def test_precision_is_float32_when_nobody_knows(monkeypatch):
+    processor(monkeypatch)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert core.resolved_precision("auto", "cpu") == "float32"
+    assert core.resolved_precision("auto", "meta") == "float32"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_of_a_gpu_does_not_count_imitation(monkeypatch, native):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    expected = "bfloat16" if native else "float32"
+    assert core.resolved_precision("auto", "cuda") == expected
+
+
+def test_pytorch_held_back_means_float32():
+    "Read by PyTorch once, at its start: so in a process of its own."
+    code = "import torch\nfrom speechimg import core\n"
+    code += "torch.cpu._is_avx512_bf16_supported = lambda: True\n"
+    code += "print(torch.backends.cpu.get_cpu_capability(), core.resolved_precision('auto', 'cpu'))"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "float32"
+
+
 # Seeds and folders
 
 
@@ -200,7 +283,8 @@ HEAVY = (
 
 @pytest.mark.parametrize("name", ["core", "data", "corpora"])
 def test_importing_is_light(name):
-    code = f"import sys; sys.path.insert(0, {ROOT!r})\nimport numpy, torch, einops\nbefore = set(sys.modules)\nimport speechimg.{name}\n"
+    code = f"import sys; sys.path.insert(0, {ROOT!r})\nimport numpy, torch, einops\n"
+    code += f"before = set(sys.modules)\nimport speechimg.{name}\n"
     code += f"print(sorted(set({HEAVY!r}) & (set(sys.modules) - before)))"
     assert (
         subprocess.run(
@@ -277,7 +361,7 @@ class ZerosAreNothing(Attention):
 
 
 class SmallConstant(Attention):
-    "Subtracts 10 000 in half precision and adds the score afterwards: large scores win (pitfall 20)."
+    "Subtracts 10 000 in half precision, then adds the score: large scores win (pitfall 20)."
 
     def forward(self, x, context=None, mask=None):
         q, k, v = (
@@ -312,7 +396,7 @@ def test_attention_takes_half_precision():
 
 
 def check_block(make):
-    "Padding on either stream changes no bit and comes out as zero; cutting it off gives the same; gradients stay finite."
+    "Padding changes no bit and comes out as zero; without it the same; gradients stay finite."
     torch.manual_seed(0)
     block = make(8, 2, cross=True).eval()
     x, context = torch.randn(3, 5, 8), torch.randn(3, 4, 8)

@@ -1,9 +1,11 @@
-"The loop: killed at any moment and resumed it ends with the same bits; and it says clearly what it cannot do."
+"The loop: killed at any moment and resumed it ends with the same bits; what it cannot do it says."
 
 import csv
+import importlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ import torch
 from miniature import make_corpus
 from torch import nn
 
+import speechimg.core as core_room
 import speechimg.run.checkpoints as runs_room
 import speechimg.train as train_room
 from speechimg.alignment import Alignment
@@ -29,8 +32,8 @@ from speechimg.core import Config, InputError, read_json
 from speechimg.data import Batch, speech_mask
 from speechimg.files.cache import sha256
 from speechimg.model import SpeechImageModel
+from speechimg.run.checkpoints import COLUMNS
 from speechimg.train import (
-    COLUMNS,
     batches,
     checkpoints,
     latest_checkpoint,
@@ -62,6 +65,7 @@ TINY = {
     "negatives": "queue",
     "token_slots": 5,
     "sim_start_step": 2,
+    "precision": "float32",
 }
 
 
@@ -135,8 +139,8 @@ def result(out):
     with open(out / "log.csv") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
     metrics = read_json(out / "metrics.json")
-    metrics.pop("seconds")
-    metrics.pop("command")
+    for name in ("seconds", "command", "words"):
+        metrics.pop(name)
     metrics["validation"].pop("seconds")
     return {
         "weights": sha256((out / "model.safetensors").read_bytes()),
@@ -149,21 +153,34 @@ def result(out):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    "A miniature corpus, its features cached, and an uninterrupted run."
+    "A miniature corpus, its features cached, an uninterrupted run, and one that stopped at step 9."
     folder = tmp_path_factory.mktemp("workshop")
     patch = pytest.MonkeyPatch()
     patch.setenv("SPEECHIMG_CACHE", str(folder / "cache"))
     corpus = make_corpus(folder / "corpus", n_images=12)
     run(corpus, folder / "whole")
-    yield SimpleNamespace(folder=folder, corpus=corpus, whole=folder / "whole")
+    stopped(corpus, folder / "half", 9)
+    yield SimpleNamespace(
+        folder=folder, corpus=corpus, whole=folder / "whole", half=folder / "half"
+    )
     patch.undo()
 
 
 # ---- SIGKILL
 
+HERE = Path(__file__).parent
+PATHS = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+
+
+def elsewhere(function, *arguments):
+    "The words that call a function of this file in another process."
+    code = f"import sys, test_train as t; t.torch.set_num_threads(1); t.{function}(*sys.argv[1:])"
+    return [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+
 
 def die(owner, name, call, after=False):
-    "Put something in the place of a function that kills the process before the n-th call, or right after it."
+    "In the place of a function: what kills the process before the n-th call, or right after it."
     right, calls = getattr(owner, name), itertools.count(1)
 
     def deadly(*arguments, **options):
@@ -219,7 +236,7 @@ MOMENTS = {
 
 
 def in_child(work):
-    "Run a function in a forked process; True if it ended by SIGKILL, error otherwise unless it ended well."
+    "Run a function in a forked process; True if it ended by SIGKILL, an error if by any other."
     child = os.fork()
     if not child:
         try:
@@ -238,10 +255,9 @@ def in_child(work):
 
 
 def drive(corpus, folder):
-    "In a process of its own: kill a run at every moment, then resume it. A fork per run spares the imports."
-    import matplotlib.figure  # noqa: E401, F401  imported once for all children
-    import pandas
-    import seaborn
+    "In a process of its own: kill a run at every moment, then resume it. A fork spares imports."
+    for module in ("matplotlib.figure", "pandas", "seaborn"):
+        importlib.import_module(module)  # once for all children
 
     for number, bomb in enumerate(MOMENTS.values()):
         out = Path(folder) / str(number)
@@ -257,21 +273,13 @@ def drive(corpus, folder):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_anywhere_and_resumed_gives_the_same_bits(workshop):
-    "SIGKILL at nine moments: weights, teacher, queue, moments, log and metrics equal those of the run that nobody disturbed."
-    command = "import sys, test_train; test_train.torch.set_num_threads(1); test_train.drive(sys.argv[1], sys.argv[2])"
+    "SIGKILL at nine moments: all that is left equals what the undisturbed run left."
     folder = workshop.folder / "killed"
-    paths = os.pathsep.join(
-        [
-            str(Path(__file__).parent),
-            str(Path(__file__).parent.parent),
-            os.environ.get("PYTHONPATH", ""),
-        ]
-    )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", command, str(workshop.corpus), str(folder)],
+        elsewhere("drive", workshop.corpus, folder),
         text=True,
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
@@ -288,18 +296,8 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(workshop):
 def test_killed_from_outside(workshop):
     "A kill that the process cannot foresee, as soon as its log has a few lines."
     out = workshop.folder / "outside"
-    command = "import sys, test_train; test_train.torch.set_num_threads(1); test_train.run(sys.argv[1], sys.argv[2])"
-    paths = os.pathsep.join(
-        [
-            str(Path(__file__).parent),
-            str(Path(__file__).parent.parent),
-            os.environ.get("PYTHONPATH", ""),
-        ]
-    )
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", command, str(workshop.corpus), str(out)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
+        elsewhere("run", workshop.corpus, out), env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     log = out / "log.csv"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
@@ -317,7 +315,7 @@ class Stop(Exception):
     pass
 
 
-def stopped(corpus, out, step):
+def stopped(corpus, out, step, **settings):
     "A run that ends by an exception after so many steps."
 
     def stop(row):
@@ -325,11 +323,17 @@ def stopped(corpus, out, step):
             raise Stop
 
     with pytest.raises(Stop):
-        run(corpus, out, on_step=stop)
+        run(corpus, out, on_step=stop, **settings)
+
+
+def half_of(workshop, out):
+    "A copy of the run that stopped at step 9, with checkpoints of the steps 4 and 8."
+    shutil.copytree(workshop.half, out, dirs_exist_ok=True)
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
 
 
 def check_resume(workshop, out):
-    stopped(workshop.corpus, out, 9)
+    half_of(workshop, out)
     run(workshop.corpus, out, resume=True)
     assert result(out) == result(workshop.whole)
 
@@ -391,12 +395,11 @@ def test_check_resume_finds_a_lost_step(workshop, tmp_path, monkeypatch):
 
 def test_resume_is_byte_identical(workshop, tmp_path):
     "Pitfall 9: resuming keeps the queue, to the last byte."
-    stopped(workshop.corpus, tmp_path, 9)
-    _, _, alignment, optimizer, step, _ = prepare(
-        Config(**TINY), workshop.corpus, tmp_path, True, "raise", None, toy_towers
-    )
+    half_of(workshop, tmp_path)
+    resumed = prepare(Config(**TINY), workshop.corpus, tmp_path, True, "raise", None, toy_towers)
+    alignment, optimizer = resumed.alignment, resumed.optimizer
     state, tensors = latest_checkpoint(tmp_path)
-    assert step == state["step"] == 8 and alignment.queue.pointer == 8 * 4 % 9
+    assert resumed.done == state["step"] == 8 and alignment.queue.pointer == 8 * 4 % 9
     for name, one in alignment.state_dict().items():
         assert torch.equal(one, tensors[name]), name
     save_checkpoint(tmp_path / "again", alignment, optimizer, {"step": 8})
@@ -414,7 +417,7 @@ def test_resume_of_a_finished_run_and_of_nothing(workshop, tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "state", "no state", "empty"])
 def test_damaged_checkpoint_is_passed_over(damage, workshop, tmp_path):
-    stopped(workshop.corpus, tmp_path, 9)
+    half_of(workshop, tmp_path)
     newest = checkpoints(tmp_path)[-1]
     file = newest / "optimizer.safetensors"
     data = bytearray(file.read_bytes())
@@ -448,7 +451,7 @@ def test_two_checkpoints_are_kept(workshop):
 
 
 def test_refuses_another_config_or_corpus(workshop, tmp_path):
-    stopped(workshop.corpus, tmp_path, 5)
+    half_of(workshop, tmp_path)
     with pytest.raises(InputError, match="learning_rate 0.003 there, 0.001 here"):
         run(workshop.corpus, tmp_path, resume=True, learning_rate=1e-3)
     other = make_corpus(tmp_path / "other", n_images=12, seed=3)
@@ -475,7 +478,7 @@ def test_batch_size_beyond_the_corpus(workshop, tmp_path):
 
 
 def test_stops_at_a_loss_that_is_not_finite(workshop, tmp_path, monkeypatch):
-    "Names step and recordings, leaves the list behind, harms neither weights nor checkpoints; the healed run ends as if nothing had been."
+    "Names step and recordings, harms no checkpoint; the healed run ends as if nothing had been."
     right, calls = train_room.collate, itertools.count()
 
     def poisoned(features, indices):
@@ -666,7 +669,7 @@ def test_check_groups_finds(wrong):
 
 
 class Toy:
-    "What batches() needs of Features: pictures 0-3 hold one object, the others are pairs of siblings."
+    "What batches() needs of Features: pictures 0-3 hold one object, the others are siblings."
 
     def __init__(self, image_of, lengths):
         self.ids = self.image_of = image_of
@@ -804,7 +807,6 @@ def test_without_validation_and_with_a_long_queue(tmp_path, fresh_cache):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"precision": "bfloat16", "negatives_per_anchor": 2},
         {"augment": False, "siblings": 1.0, "negatives": "batch"},
     ],
@@ -846,11 +848,10 @@ def test_workers_change_nothing(workshop, tmp_path):
     same_but_for({"workers": 0}, result(workshop.whole), result(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_features_on_the_disk_change_nothing(workers, workshop, tmp_path, monkeypatch):
-    "No array is kept in memory: the same run, to the last bit, validation included."
+def test_features_on_the_disk_change_nothing(workshop, tmp_path, monkeypatch):
+    "No array is kept in memory, neither by workers nor for validation: the same, to the last bit."
     monkeypatch.setenv("SPEECHIMG_MEMORY", "0")
-    run(workshop.corpus, tmp_path / "out", workers=workers)
+    run(workshop.corpus, tmp_path / "out", workers=2)
     same_but_for({"workers": 0}, result(workshop.whole), result(tmp_path / "out"))
 
 
@@ -876,7 +877,7 @@ def test_tensorboard_that_is_not_there(workshop, tmp_path, monkeypatch):
 
 
 def test_accumulation_is_the_mean_over_micro_batches():
-    "Without queue, matching and teacher's targets, two micro-batches give the mean of their gradients; teacher and queue move once."
+    "Without queue, matching and alpha: the mean of two gradients; teacher and queue move once."
     config = Config(
         **TINY
         | {
@@ -957,9 +958,9 @@ def test_compiled_it_learns_the_same(workshop, tmp_path):
 
 
 def test_a_second_stage_begins_with_the_weights_and_with_nothing_else(workshop, tmp_path):
-    "Pitfall 9: the queue of another stage is stale, so it is not taken along, not even in another size."
+    "Pitfall 9: the queue of another stage is stale, so it is left behind, whatever its size."
     config = Config(**TINY | {"queue_size": 5})
-    _, data, alignment, optimizer, step, _ = prepare(
+    second = prepare(
         config,
         workshop.corpus,
         tmp_path / "second",
@@ -970,6 +971,7 @@ def test_a_second_stage_begins_with_the_weights_and_with_nothing_else(workshop, 
         workshop.whole,
     )
     trained = safetensors.torch.load_file(workshop.whole / "model.safetensors")
+    alignment = second.alignment
     for name, tensor in alignment.model.state_dict().items():
         assert torch.equal(tensor, trained[name]), name
     for student, teacher in zip(
@@ -979,10 +981,10 @@ def test_a_second_stage_begins_with_the_weights_and_with_nothing_else(workshop, 
     assert (
         alignment.queue.ids.tolist() == [-1] * 5
         and int(alignment.queue.pointer) == 0
-        and not optimizer.state
-        and step == 0
+        and not second.optimizer.state
+        and second.done == 0
     )
-    assert data["start"] == sha256((workshop.whole / "model.safetensors").read_bytes())
+    assert second.data["start"] == sha256((workshop.whole / "model.safetensors").read_bytes())
 
 
 def test_a_second_stage_is_resumed_only_with_the_same_start(workshop, tmp_path):
@@ -1036,7 +1038,7 @@ def test_a_start_that_does_not_fit(workshop, tmp_path, start):
 
 
 def test_a_corpus_made_by_a_function(workshop, tmp_path):
-    "What it returns is trained on, without a validation where it has none; and it has a fingerprint of its own."
+    "What it returns is trained on, also without a validation; it has a fingerprint of its own."
     from speechimg.corpora import load_corpus
 
     def half(split):
@@ -1055,3 +1057,76 @@ def test_a_corpus_made_by_a_function(workshop, tmp_path):
     )
     with pytest.raises(InputError, match="holds a run with"):
         run(lambda split: load_corpus(workshop.corpus, split), tmp_path / "half", resume=True)
+
+
+# ---- The precision that a run began in
+
+
+def processor(monkeypatch, native):
+    "A processor that multiplies bfloat16 itself, or one that does not."
+    monkeypatch.setattr(core_room, "cpu_multiplies_bfloat16", lambda: native)
+
+
+SHORT = {"precision": "auto", "steps": 6, "checkpoint_every": 2, "evaluate_every": 6}
+
+
+def test_a_run_goes_on_in_its_own_precision(workshop, tmp_path, monkeypatch):
+    "Begun where bfloat16 is native, resumed where it is not: the same bits, and one line says so."
+    processor(monkeypatch, native=True)
+    run(workshop.corpus, tmp_path / "whole", **SHORT)
+    stopped(workshop.corpus, tmp_path / "again", 3, **SHORT)
+    shutil.copytree(tmp_path / "again", tmp_path / "old")
+    processor(monkeypatch, native=False)
+    with pytest.warns(UserWarning, match="goes on in bfloat16") as caught:
+        run(workshop.corpus, tmp_path / "again", resume=True, **SHORT)
+    lines = [str(one.message) for one in caught if "goes on in" in str(one.message)]
+    assert len(lines) == 1 and "\n" not in lines[0] and "would choose float32" in lines[0]
+    assert result(tmp_path / "again") == result(tmp_path / "whole")
+    metrics = read_json(tmp_path / "again" / "metrics.json")
+    assert (metrics["precision"], metrics["config"]["precision"]) == ("bfloat16", "auto")
+    assert Config.load(tmp_path / "again" / "config.json").precision == "auto"
+
+    # whoever asks for the run's own gets it without a word, and for the other is refused
+    with pytest.raises(InputError, match="precision 'auto' there, 'float32' here"):
+        run(workshop.corpus, tmp_path / "old", resume=True, **SHORT | {"precision": "float32"})
+    # a checkpoint of an older version says it in its config
+    state = tmp_path / "old" / "checkpoint-2" / "state.json"
+    older = json.loads(state.read_text())
+    assert older.pop("precision") == "bfloat16"
+    older["config"]["precision"] = "bfloat16"
+    state.write_text(json.dumps(older))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "goes on in")
+        own = SHORT | {"precision": "bfloat16"}
+        run(workshop.corpus, tmp_path / "old", resume=True, **own)
+    same_but_for({"precision": "auto"}, result(tmp_path / "whole"), result(tmp_path / "old"))
+
+
+def test_auto_is_float32_where_bfloat16_is_not_native(workshop, tmp_path, monkeypatch):
+    processor(monkeypatch, native=False)
+    out = run(workshop.corpus, tmp_path / "auto", steps=12, precision="auto")
+    same_but_for({"precision": "float32"}, result(workshop.whole), result(out))
+    assert read_json(out / "metrics.json")["precision"] == "float32"
+
+
+def test_several_processes_agree_on_a_precision(monkeypatch):
+    "bfloat16 only if every one of them would take it."
+    processor(monkeypatch, native=True)
+    assert train_room.shared_precision(Config()) == "bfloat16"
+    monkeypatch.setattr(train_room, "row_counts", lambda mine, device: [mine, 0])
+    assert train_room.shared_precision(Config()) == "float32"
+
+
+# ---- What a run was told
+
+
+def test_the_command_can_be_pasted_and_the_corpus_is_data(workshop, tmp_path):
+    corpus = shutil.copytree(workshop.corpus, tmp_path / "my flickr8k; rm -r")
+    out = run(corpus, tmp_path / "a run", limit=16, steps=1, evaluate_every=1)
+    metrics = read_json(out / "metrics.json")
+    assert metrics["corpus"] == str(corpus)
+    assert shlex.split(metrics["command"]) == metrics["words"]
+    assert metrics["words"] == [
+        *("speechimg", "train", "--corpus", str(corpus), "--out", "a run"),
+        *("--config", "config.json", "--limit", "16"),
+    ]
