@@ -133,7 +133,7 @@ def read_wave(
         )
     return wave[: int(max_seconds * SAMPLE_RATE)].cpu().float()
 
-
+# %% ../nbs/research/model.ipynb #5162b99e
 def read_picture(one, name):  # a path, or a PIL picture
     "An 8-bit RGB PIL picture. Raises InputError."
     if isinstance(one, (str, Path)):

@@ -255,6 +255,16 @@ def test_help_names_every_option_of_the_readme(command):
             assert option in out, (name, option)
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_explains_every_option(command, monkeypatch, name):
+    "A comment that the formatter moved away from its option leaves it without a word."
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, _ = command(name, "--help")
+    bare = r"│ (-\S+|[A-Z]+|\{[^}]+\}) ?\S* +\((default: .*|repeatable|required)\) *│"
+    options = [line for line in out.splitlines() if line.startswith(("│ --", "│ PATH", "│ STR"))]
+    assert code == 0 and options and not [line for line in options if re.match(bare, line)]
+
+
 # values that cannot be
 
 

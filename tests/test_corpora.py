@@ -268,7 +268,7 @@ def read_all(corpus):
 def test_processes_read_one_archive(tmp_path, method):
     corpus = load_corpus(make_corpus(tmp_path / "mini", 8, zip=True), "train")
     contents = [corpus.read(caption.wav) for caption in corpus.captions]
-    with multiprocessing.get_context(method).Pool(3) as pool:
+    with multiprocessing.get_context(method).Pool(2) as pool:
         found = pool.map(
             corpus.read, [caption.wav for caption in corpus.captions] * 10, chunksize=3
         )

@@ -533,6 +533,8 @@ def test_hidden_checks_and_other_submissions_cannot_be_read(classroom, boxes, do
 def test_the_installed_library_cannot_be_read(boxes):
     "It holds the solutions; what students import is the copy without them."
     where = str(ROOT / "speechimg" / "sic.py")
+    # an installation lies among the packages, which can be read: there it must be hidden
+    assert str(ROOT / "speechimg") in boxes("sic").hidden
     with pytest.raises(PermissionError):
         ask(boxes("sic"), "def f(path): return open(path).read()", where)
     found = ask(boxes("sic"), "import speechimg.sic as s\ndef f(): return open(s.__file__).read()")

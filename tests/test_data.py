@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from miniature import image_bytes, make_corpus, wav_bytes
 from PIL import Image
-from test_core import ROOT, complaint
+from test_core import complaint
 
 from speechimg import data
 from speechimg.core import InputError, memory_limit
@@ -409,31 +409,23 @@ def test_the_check_notices_forgotten_keys(tmp_path, wrong):
         check_keys(wrong, tmp_path)
 
 
-WRITER = """
-import sys, os
-sys.path.insert(0, {root!r})
-import numpy as np
-from speechimg.files.cache import FeatureCache, sha256
-array = np.arange(2_000_000, dtype=np.float32)
-cache = FeatureCache({folder!r})
-print("ready", flush=True)
-for number in range(10_000):
-    cache.get(sha256(str(number)), "params", lambda: array + number)
-"""
+def write_for_ever(folder):
+    cache, array = FeatureCache(folder), np.arange(2_000_000, dtype=np.float32)
+    for number in range(10_000):
+        cache.get(sha256(str(number)), "params", lambda: array + number)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
 def test_a_killed_writer_leaves_nothing_that_is_believed(tmp_path, delay):
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER.format(root=ROOT, folder=str(tmp_path / "cache"))],
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == b"ready\n"
-    while not list((tmp_path / "cache").rglob("*.tmp")) and process.poll() is None:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=write_for_ever, args=[tmp_path / "cache"], daemon=True)
+    process.start()
+    while not list((tmp_path / "cache").rglob("*.tmp")) and process.is_alive():
         time.sleep(0.001)  # until it is in the middle of a file
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     for path in (tmp_path / "cache").rglob("*.npz"):  # whatever has its final name is whole
         with zipfile.ZipFile(path) as file:
             assert file.testzip() is None

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import re
+import shlex
 import struct
 import warnings
 from pathlib import Path
@@ -24,6 +26,7 @@ from speechimg.train import train
 
 SIZES = {"width": 16, "dim": 8, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "heads": 2}
 RUN = json.loads((data_dir() / "models" / "reference" / "metrics.json").read_text())
+RUN |= {"corpus": "scenes"}  # as train writes it
 
 
 def make(towers="light", run=None, **settings):
@@ -130,6 +133,32 @@ def test_training_writes_the_card(tmp_path, miniature):
     )
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values["R@5, speech to image, fine"] == run["validation"]["fine"]["speech_to_image"]["5"]
+
+
+@pytest.mark.parametrize(
+    "corpus, name",
+    [("my flickr8k/", "my flickr8k"), ("/data/a`b.zip", "a'b"), ("scenes", "scenes"), (7, "7")],
+)
+def test_the_card_takes_the_corpus_from_the_run(tmp_path, corpus, name):
+    "Blanks and all; the printed command, here another's, is not read."
+    words = ["speechimg", "train", "--corpus", str(corpus)]
+    command = shlex.join(words) + " --corpus other"
+    make(run=RUN | {"corpus": corpus, "command": command, "name": None}).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == [name] and f"Trained on `{name}` (" in card.text
+    pasted = next(line for line in card.text.splitlines() if line.startswith("    speechimg"))
+    assert shlex.split(pasted)[: len(words)] == words
+    assert {result.dataset_type for result in card.data.eval_results} == {name, "stamps"}
+    assert card.data.model_name == "speechimg-" + re.sub(r"[^\w.-]", "-", name)
+
+
+def test_a_run_from_before_says_that_its_corpus_is_not_recorded(tmp_path):
+    old = {key: value for key, value in RUN.items() if key not in ("corpus", "name")}
+    make(run=old).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "a corpus that is not recorded (12052 recordings in train" in card.text
+    assert card.data.datasets is None and card.data.model_name == "speechimg-model"
+    assert old["command"] in card.text
 
 
 def test_a_model_without_a_past_says_so(tmp_path):

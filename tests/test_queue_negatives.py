@@ -228,15 +228,22 @@ def test_whose_tokens_they_are_does_not_give_the_answer_away():
 
 
 def test_each_wrong_partner_is_the_one_that_was_drawn():
-    "Rows of the fused call against the memory: the drawn picture's own tokens, and no others."
-    alignment, seen = queue_step(token_slots=4), []
+    "By the student's queries and the teacher's keys; its own tokens are read, and no others."
+    alignment, seen, asked = queue_step(token_slots=4), [], []
     alignment.update(alignment(tiny_batch([1, 2, 3, 4], seed=1), 0))
     memory = alignment.queue.tokens()
     alignment.model.match = spied_match(alignment, seen)
-    picks = torch.tensor([2, 0, 3]), torch.tensor([1, 1, 0])
-    draws = iter(picks)
-    with patch.object(step_room, "sample_negatives", lambda *_, **__: next(draws)):
-        alignment(tiny_batch([6, 7, 8], seed=2), 1)
+    batch, picks = tiny_batch([6, 7, 8], seed=2), (torch.tensor([2, 0, 3]), torch.tensor([1, 1, 0]))
+
+    def drawn(logits, *_, **__):
+        asked.append(logits)
+        return picks[len(asked) - 1]
+
+    with patch.object(step_room, "sample_negatives", drawn):
+        alignment(batch, 1)
+    student = encode(alignment.model, batch)
+    assert_close(asked[0], student.speech.embedding @ memory.image.T / 0.2)
+    assert_close(asked[1], student.image.embedding @ memory.speech.T / 0.2)
     spoken, shown = seen[0]
     assert torch.equal(shown[6:9], memory.image_tokens[picks[0]].float())
     length = memory.speech_tokens.shape[1]

@@ -6,6 +6,7 @@ python tools/demo.py [--seconds 60]   # how long the small model trains
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -17,24 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs", "demo")
 RECORDINGS = 1500  # how many the small model trains on: reading them is part of the wait, once
-SMALL = {
-    "width": 96,
-    "dim": 64,
-    "speech_depth": 1,
-    "image_depth": 1,
-    "fusion_depth": 1,
-    # in one minute only the coarse stage has a chance, on keys of its own
-    "queue_size": 0,
-    "student_steps": 10_000,
-    "sim_start_step": 10_000,
-    "siblings": 0.0,
-    "batch_size": 64,
-    "learning_rate": 2e-3,
-    "warmup_steps": 20,
-    "steps": 2000,
-    "evaluate_every": 50,
-    "checkpoint_every": 10_000,
-}
+# in one minute only the coarse stage has a chance, on keys of its own
+SMALL = json.loads((ROOT / "tools" / "demo.json").read_text(encoding="utf-8"))
 
 STARTED = time.monotonic()
 COLOURED = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

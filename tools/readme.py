@@ -1,7 +1,6 @@
 """Write README.md from nbs/index.ipynb, with nbconvert. Nothing is executed: outputs are kept ones.
 
     python tools/readme.py          # write README.md and the pictures beside the notebook
-    python tools/readme.py --check  # only say whether they are up to date
 
 Three directives shape it: `#| hide` leaves a cell out, `#| echo: false` leaves out its code and
 keeps what it shows, and `#| fig-alt: words` says what its picture shows to those who cannot see it.
@@ -9,7 +8,6 @@ keeps what it shows, and `#| fig-alt: words` says what its picture shows to thos
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -103,7 +101,4 @@ def write(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        problems = differences(ROOT)
-        sys.exit("\n".join(problems) if problems else None)
     write(ROOT)

@@ -245,7 +245,9 @@ def _in_order(
     last = {name.split(".")[0]: index for index in tasks for name in parts[index].names}
     written = {name for part in solutions for name in part.names}
     if strange := set(last) ^ written:
-        problem = f"tasks are about {', '.join(last)}, solutions about {', '.join(written)}"
+        problem = (
+            f"tasks name {', '.join(last)}; solutions define {', '.join(written) or 'nothing'}"
+        )
         remedy = (
             f"name {', '.join(sorted(strange))} in a task and mark it in the chapter, or in neither"
         )

@@ -103,7 +103,7 @@ def sic_loss(speech, image, speech_keys, image_keys, targets, temperature):
     first, second = (-(t.detach() * x.log_softmax(1)).sum(1).mean() for t, x in ((q, z), (r, y)))
     return SicOutput((first + second) / 2, z, y)
 """,
-        [6, 8, 10],
+        [6, 7, 8, 10],
         "multiplied by the temperature",
     ),
     "wrong axis": (
