@@ -1,4 +1,4 @@
-"Reliability: a short version of each experiment of tools/soak.py, and every defect that the long one has found."
+"Reliability: each experiment of experiments/soak.py in short, and every defect that it found."
 
 import errno
 import json
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from test_core import complaint
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import soak  # noqa: E402
 import soak_files  # noqa: E402
 
