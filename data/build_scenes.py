@@ -1,11 +1,14 @@
 """Build the `scenes` corpus: pictures with grammar, spoken by synthetic voices.
 
-    python data/build_scenes.py --out data            # writes scenes.zip, scenes-train.zip and scenes-voice.zip
-    python data/build_scenes.py --out data --voice    # only the last, from the scenes-train.zip that lies there: speaks, draws nothing
+    python data/build_scenes.py --out data          # scenes.zip, scenes-train.zip, scenes-voice.zip
+    python data/build_scenes.py --out data --voice  # only the last, from the scenes-train.zip there
 
-Everything is derived from one seed and from packages fetched by name (see `sources.py`); README.md beside this file
-lists origins and licences. Speech needs the Debian packages espeak-ng, flite, festival, festvox-kallpc16k,
-festvox-kdlpc16k and festvox-us-slt-hts. Drawing needs resvg_py (rasterises SVG with anti-aliasing).
+With --voice it speaks, and draws nothing.
+
+Everything is derived from one seed and from packages fetched by name (see `sources.py`); README.md
+beside this file lists origins and licences. Speech needs the Debian packages espeak-ng, flite,
+festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts. Drawing needs resvg_py
+(rasterises SVG with anti-aliasing).
 """
 
 import argparse
@@ -13,7 +16,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import random
 import re
@@ -105,8 +107,10 @@ COUNTS = (2, 3, 4)
 WORDS = {2: "two", 3: "three", 4: "four"}
 STYLES, HELD_OUT_STYLE = ("fluent-3d", "fluent-flat", "twemoji", "openmoji"), "noto"
 
-# ---------------------------------------------------------------------------------------------- voices
-# A voice is (engine, name). Those in TEST_VOICES speak in `test` and `voice` and nowhere else: at least one of every engine.
+# Voices
+
+# A voice is (engine, name). Those in TEST_VOICES speak in `test` and `voice` and nowhere else: at
+# least one of every engine.
 ACCENTS = (
     "en-us",
     "en-gb",
@@ -158,7 +162,9 @@ ENGINE_SHARE = (0.5, 0.28, 0.22)
 
 
 def draw_voice(voices, rng, pitch=(0.85, 1.18)):
-    "Engine first, then one of its voices, with its own rate and pitch: {'engine', 'name', 'rate', 'pitch'}."
+    """Engine first, then one of its voices, with its own rate and pitch: {'engine', 'name', 'rate',
+    'pitch'}.
+    """
     engine, name = rng.choice(rng.choices(voices, weights=ENGINE_SHARE)[0])
     return dict(
         engine=engine,
@@ -172,7 +178,7 @@ def speaker(voice):
     return f"{voice['engine']}:{voice['name']}"
 
 
-# ---------------------------------------------------------------------------------------------- grammar
+# Grammar
 def plural(noun):
     return PLURAL.get(noun, noun + "s")
 
@@ -182,7 +188,9 @@ def article(noun):
 
 
 def phrasings(scene):
-    "Every way of saying where things are, for a scene {'kind', 'nouns', 'relation'}; each tells the scene from its siblings."
+    """Every way of saying where things are, for a scene {'kind', 'nouns', 'relation'}; each tells
+    the scene from its siblings.
+    """
     kind, relation = scene["kind"], scene["relation"]
     if kind == "whole":
         a = article(scene["nouns"][0])
@@ -256,18 +264,26 @@ def captions(scene, n, rng, background):
     ]
 
 
-# ---------------------------------------------------------------------------------------------- compositions and splits
+# Compositions and splits
 def compositions(rng):
-    """Which compositions belong to which split: {'train'|'val'|'test': [group, ...]}, a group being a list of siblings.
+    """Which compositions belong to which split: {'train'|'val'|'test': [group, ...]}, a group being
+    a list of siblings.
 
-    A composition is (kind, nouns, relation). Noun pairs, (noun, count) and (noun, place) are divided, so no test content
-    is ever seen in training; every group has the same nouns in other bindings. Two kinds are for training alone: one thing
-    as large as the picture, so that bare nouns are heard, and several things beside another one, so that plurals are."""
+    A composition is (kind, nouns, relation). Noun pairs, (noun, count) and (noun, place) are
+    divided, so no test content is ever seen in training; every group has the same nouns in other
+    bindings. Two kinds are for training alone: one thing as large as the picture, so that bare
+    nouns are heard, and several things beside another one, so that plurals are.
+    """
     nouns = list(NOUNS)
     pairs = list(itertools.combinations(nouns, 2))
     rng.shuffle(pairs)
-    four = lambda a, b: [("pair", p, r) for r in ("left", "above") for p in ((a, b), (b, a))]
-    swap = lambda a, b, r: [("pair", (a, b), r), ("pair", (b, a), r)]
+
+    def four(a, b):
+        return [("pair", p, r) for r in ("left", "above") for p in ((a, b), (b, a))]
+
+    def swap(a, b, r):
+        return [("pair", (a, b), r), ("pair", (b, a), r)]
+
     out = dict(train=[], val=[], test=[])
     take = iter(pairs)
     out["test"] += [four(*next(take)) for _ in range(30)]  # 120 pictures
@@ -315,7 +331,9 @@ REPEATS = dict(
 
 
 def scenes_of(groups, rng, repeat=False):
-    "Scene dicts: every composition once, or as often as REPEATS says, on other backgrounds and in other styles each time."
+    """Scene dicts: every composition once, or as often as REPEATS says, on other backgrounds and in
+    other styles each time.
+    """
     scenes, number = [], itertools.count()
     for group in groups:
         for _ in range(REPEATS[group[0][0]] if repeat else 1):
@@ -341,10 +359,12 @@ def scenes_of(groups, rng, repeat=False):
     return scenes
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# Drawing
 @functools.cache
 def sprite(noun, style):
-    "The drawing of one noun, cropped to what is drawn: PIL image, premultiplied RGBA, about 256 pixels."
+    """The drawing of one noun, cropped to what is drawn: PIL image, premultiplied RGBA, about 256
+    pixels.
+    """
     code = NOUNS[noun]
     if style == "fluent-3d":
         image = Image.open(
@@ -379,7 +399,9 @@ def sprite(noun, style):
 
 
 def place(canvas, noun, style, x, y, size, rng):
-    "Draw a noun centred at (x, y), fractions of the side, its longer side `size` of it; soft shadow under it."
+    """Draw a noun centred at (x, y), fractions of the side, its longer side `size` of it; soft
+    shadow under it.
+    """
     image = sprite(noun, style)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -443,7 +465,7 @@ def draw(scene, name, style=None):
     return out.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------- speaking
+# Speaking
 def synthesise(jobs):
     "Speak [(text, voice)] with the engines: list of (samples, rate)."
     waves = [None] * len(jobs)
@@ -508,7 +530,9 @@ def synthesise(jobs):
 
 
 def finish(wave, rate, voice, rng, room):
-    "Trim, shift, tilt, level: float32 at 16 kHz. `room` adds a little of what microphones and rooms add (training only)."
+    """Trim, shift, tilt, level: float32 at 16 kHz. `room` adds a little of what microphones and
+    rooms add (training only).
+    """
     if (
         voice["engine"] != "espeak-ng"
     ):  # espeak-ng sets its own pitch; the others get it by resampling
@@ -555,7 +579,9 @@ def speak(task):
 
 
 def fix_serial(data, uttid):
-    "The encoder gives each Ogg stream a random serial number; set it from the name, and mend each page's checksum."
+    """The encoder gives each Ogg stream a random serial number; set it from the name, and mend each
+    page's checksum.
+    """
     serial = random.Random(f"serial {uttid}").getrandbits(31).to_bytes(4, "little")
     data, at = bytearray(data), 0
     while at < len(data):
@@ -585,7 +611,7 @@ def paint(task):
     return [(path, draw(scene, name, style)) for path, scene, name, style in task]
 
 
-# ---------------------------------------------------------------------------------------------- putting it together
+# Putting it together
 def plan():
     "All of the corpus except pixels and samples: {split: [entry, ...]} and the swap probe."
     parts = compositions(random.Random(SEED))
@@ -641,10 +667,13 @@ VOICE_GROUPS = [2] * 50 + [
 
 
 def voice_entries(train):
-    """The split `voice`: pairs of `train`, as they stand there, said anew by the voices of `test`; only the voices are unheard.
+    """The split `voice`: pairs of `train`, as they stand there, said anew by the voices of `test`;
+    only the voices are unheard.
 
-    Its random stream is its own, and what it draws from is the manifest of `train`: it can be made without the other splits.
-    Wordings are drawn as for `test`, whatever `train` says of the picture: a sentence may occur in both."""
+    Its random stream is its own, and what it draws from is the manifest of `train`: it can be made
+    without the other splits. Wordings are drawn as for `test`, whatever `train` says of the
+    picture: a sentence may occur in both.
+    """
     rng, groups = random.Random(f"{SEED} voice"), {}
     for entry in train:
         if entry["scene"]["kind"] == "pair":
@@ -683,7 +712,9 @@ def voice_entries(train):
 
 
 def probe(entries):
-    "Test pictures that differ only in binding: every caption of one of them, with the picture it means and the other one."
+    """Test pictures that differ only in binding: every caption of one of them, with the picture it
+    means and the other one.
+    """
     rows = []
     for _, group in itertools.groupby(entries, key=lambda e: e["group"]):
         for one, two in itertools.combinations(list(group), 2):
@@ -712,7 +743,9 @@ def chunks(items, size):
 
 
 def write_zip(path, files):
-    "Stored (manifests deflated), sorted, with one fixed date: the same files give the same archive."
+    """Stored (manifests deflated), sorted, with one fixed date: the same files give the same
+    archive.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0))
@@ -742,15 +775,16 @@ def manifest(entries):
 
 
 def build_voice(out, workers=2):
-    "Write scenes-voice.zip into `out`, beside the scenes-train.zip that lies there and holds its pictures."
+    """Write scenes-voice.zip into `out`, beside the scenes-train.zip that lies there and holds its
+    pictures.
+    """
     with zipfile.ZipFile(Path(out) / "scenes-train.zip") as archive:
         entries = voice_entries(json.loads(archive.read("train.json"))["data"])
     clips = [(c["uttid"], c["text"], c["_voice"], False) for e in entries for c in e["captions"]]
     with multiprocessing.Pool(workers) as pool:
         spoken = [x for part in pool.imap(speak, chunks(clips, 200)) for x in part]
-    print(
-        f"voice: {len(entries)} pictures of train, {len(spoken)} clips, {sum(t for *_, t in spoken) / 60:.1f} min"
-    )
+    minutes = sum(t for *_, t in spoken) / 60
+    print(f"voice: {len(entries)} pictures of train, {len(spoken)} clips, {minutes:.1f} min")
     write_zip(
         Path(out) / "scenes-voice.zip",
         {
@@ -761,7 +795,9 @@ def build_voice(out, workers=2):
 
 
 def build(out, workers=2, only=None):
-    "Write scenes.zip (val, test, test_style, swap), scenes-train.zip and scenes-voice.zip into `out`."
+    """Write scenes.zip (val, test, test_style, swap), scenes-train.zip and scenes-voice.zip into
+    `out`.
+    """
     entries, swap = plan()
     if only:
         entries = {k: v[:only] for k, v in entries.items()}
@@ -790,9 +826,8 @@ def build(out, workers=2, only=None):
         images = dict(x for part in pool.imap(paint, chunks(pictures, 100)) for x in part)
         print(f"pictures drawn: {sum(map(len, images.values())) / 1e6:.1f} MB")
         spoken = [x for part in pool.imap(speak, chunks(clips, 200)) for x in part]
-    print(
-        f"clips spoken: {sum(len(d) for _, d, _ in spoken) / 1e6:.1f} MB, {sum(t for *_, t in spoken) / 3600:.2f} h"
-    )
+    size, hours = sum(len(d) for _, d, _ in spoken) / 1e6, sum(t for *_, t in spoken) / 3600
+    print(f"clips spoken: {size:.1f} MB, {hours:.2f} h")
     waves = {f"wavs/{uttid}.ogg": data for uttid, data, _ in spoken}
     train = {k: v for k, v in {**images, **waves}.items() if k.split("/")[1].startswith("train")}
     rest = {k: v for k, v in {**images, **waves}.items() if k not in train}

@@ -1,10 +1,11 @@
-"""Build `stamps.zip`: the described stamps of Tux Paint, with the voices of the volunteers who read the descriptions.
+"""Build `stamps.zip`: the described stamps of Tux Paint, with the voices of the volunteers who read
+the descriptions.
 
     python data/build_stamps.py --out data/stamps.zip
 
-Needs the package `tuxpaint-stamps-default` (see sources.py) and, from PyPI, pillow, resvg_py, soundfile and soxr.
-With the same versions of these every run writes the same bytes. Beside the archive lies `stamps_report.json`: what
-was counted, what was dropped, and why.
+Needs the package `tuxpaint-stamps-default` (see sources.py) and, from PyPI, pillow, resvg_py,
+soundfile and soxr. With the same versions of these every run writes the same bytes. Beside the
+archive lies `stamps_report.json`: what was counted, what was dropped, and why.
 """
 
 import argparse
@@ -40,12 +41,15 @@ UPSCALE = 2.5  # the smallest stamps have 20 pixels: larger than this they turn 
 NOT_PICTURES = ("symbols/alphabets/", "symbols/math/", "symbols/numbers/")  # things that one reads
 RARE = 50  # a language with fewer recordings than this can neither be learnt from nor measured on
 SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
-# Drawings whose letters are live text: the packaged bitmap is taken, for a rendering would depend on installed fonts.
+# Drawings whose letters are live text: the packaged bitmap is taken, for a rendering would depend
+# on installed fonts.
 LIVE_TEXT = re.compile(rb"<(svg:)?(text|flowRoot)[ >]")
 # Stamps made for dark paper, which vanish on white, and the colour they get instead.
 ON_DARK = frozenset(
-    "animals/fish/shrimp household/dishes/glass naturalforces/lightningbolt seasonal/christmas/lamp "
-    "seasonal/halloween/ghost seasonal/halloween/skull seasonal/newyears/fireworks seasonal/newyears/fireworks2 "
+    "animals/fish/shrimp household/dishes/glass naturalforces/lightningbolt "
+    "seasonal/christmas/lamp "
+    "seasonal/halloween/ghost seasonal/halloween/skull seasonal/newyears/fireworks "
+    "seasonal/newyears/fireworks2 "
     "town/flags/whiteflag".split()
 )
 WHITE, DARK = (1.0, 1.0, 1.0), (0.25, 0.32, 0.44)
@@ -55,25 +59,34 @@ FRAME_ROWS = {"symbols/chess/b_1_king": 2, "symbols/chess/b_4_knight": 1}
 GPL = Path("/usr/share/common-licenses/GPL-2")
 GPL_DIGEST = "8177f97513213526df2cf6184d8ff986c675afb514d4e68a404010521b880643"
 NOTICE = """\
-Pictures, descriptions and recordings: Tux Paint stamps, copyright 2002-2022 by Bill Kendrick and many contributors,
-GNU General Public License, version 2 or (at your option) any later version; see COPYRIGHT and COPYING.
+Pictures, descriptions and recordings: Tux Paint stamps, copyright 2002-2022 by Bill Kendrick \
+and many contributors,
+GNU General Public License, version 2 or (at your option) any later version; see COPYRIGHT and \
+COPYING.
 
-Changed for this archive: pictures rendered on white, 224 x 224 pixels, as WebP; recordings mixed to mono, resampled to
-16 kHz, trimmed, brought to one peak level, as Opus; descriptions gathered in JSON, with English nouns and a split added.
-The source form is the Debian package tuxpaint-stamps-default, version {version}; the script that made the changes is
+Changed for this archive: pictures rendered on white, 224 x 224 pixels, as WebP; recordings \
+mixed to mono, resampled to
+16 kHz, trimmed, brought to one peak level, as Opus; descriptions gathered in JSON, with \
+English nouns and a split added.
+The source form is the Debian package tuxpaint-stamps-default, version {version}; the script \
+that made the changes is
 data/build_stamps.py of this project.
 """
 
-# ---- English nouns --------------------------------------------------------------------------------------------------
-# Rule: the first clause of the English description, in lower case, without article and quantity ("a pair of"), cut
-# before the first preposition, verb or relative pronoun; its last word, in the singular, is the noun. Two words are
-# one noun where COMPOUNDS says so. The descriptions that the rule gets wrong are in EXCEPTIONS, by their beginning.
+# English nouns
+
+# Rule: the first clause of the English description, in lower case, without article and quantity ("a
+# pair of"), cut before the first preposition, verb or relative pronoun; its last word, in the
+# singular, is the noun. Two words are one noun where COMPOUNDS says so. The descriptions that the
+# rule gets wrong are in EXCEPTIONS, by their beginning.
 QUANTITY = re.compile(
-    r"^(a pair of|a head of|a bunch of|a cluster of|a string of|a quarter of|a tube of|a plant of common|"
+    r"^(a pair of|a head of|a bunch of|a cluster of|a string of|a quarter of|a tube of|a "
+    r"plant of common|"
     r"some|two|the|our|an|a)\s+"
 )
 CUT = frozenset(
-    "with in for of from on at to that who which used worn playing dancing hatched inside covered lets is are means "
+    "with in for of from on at to that who which used worn playing dancing hatched inside "
+    "covered lets is are means "
     "resembles carry carries called said making like or and".split()
 )
 PLURAL_ONLY = frozenset(
@@ -81,64 +94,107 @@ PLURAL_ONLY = frozenset(
 )
 # A kind of its last word: both names are kept ("fire truck", "truck").
 KINDS = frozenset(
-    "fire truck|garbage truck|dump truck|tow truck|forklift truck|pickup truck|tanker truck|container truck|"
-    "logging truck|cement truck|sports car|race car|sedan car|school bus|soccer ball|tennis ball|cricket ball|"
-    "christmas tree|palm tree|top hat|party hat|cowboy hat|hard hat|birthday cake|bass guitar|electric guitar|"
-    "classical guitar|wild boar|laptop computer|digital camera|sail boat|t shirt|polo shirt|traffic cone|"
-    "christmas stocking|easter egg|bicycle wheel|tractor wheel|american football|electric kettle|christmas hat|"
-    "mandarin orange|wheelie bin|compost bin|mobile telephone|steam locomotive|monarch butterfly".split(
-        "|"
-    )
+    "fire truck|garbage truck|dump truck|tow truck|forklift truck|pickup truck|tanker truck|"
+    "container truck|"
+    "logging truck|cement truck|sports car|race car|sedan car|school bus|soccer ball|tennis "
+    "ball|cricket ball|"
+    "christmas tree|palm tree|top hat|party hat|cowboy hat|hard hat|birthday cake|bass "
+    "guitar|electric guitar|"
+    "classical guitar|wild boar|laptop computer|digital camera|sail boat|t shirt|polo shirt|"
+    "traffic cone|"
+    "christmas stocking|easter egg|bicycle wheel|tractor wheel|american football|electric "
+    "kettle|christmas hat|"
+    "mandarin orange|wheelie bin|compost bin|mobile telephone|steam locomotive|monarch "
+    "butterfly".split("|")
 )
 # Something else than its last word says: only the whole name is kept ("sea lion" is no lion).
 NAMES = frozenset(
-    "police officer|sea lion|candy cane|teddy bear|rubber duck|computer mouse|guinea fowl|vacuum cleaner|air balloon|"
-    "speech balloon|thought balloon|scream balloon|paw print|bow tie|totem pole|apple core|clothes hanger|drum kit|"
-    "lightning bolt|wishing well|mince pie|microwave oven|pressure cooker|pepper grinder|gas cylinder|compact disc|"
-    "cement mixer|washing machine|party horn|trophy cup|garlic bulb|tennis racket|measuring tape|town hall|dollar sign|"
-    "cent sign|pound sign|penny sign|yen sign|euro sign|stop sign|train sign|treble clef|bass clef|post box|motor bike|"
-    "eighth note|half note|quarter note|whole note|quarter rest|christmas light|clock face|computer monitor|"
+    "police officer|sea lion|candy cane|teddy bear|rubber duck|computer mouse|guinea fowl|"
+    "vacuum cleaner|air balloon|"
+    "speech balloon|thought balloon|scream balloon|paw print|bow tie|totem pole|apple core|"
+    "clothes hanger|drum kit|"
+    "lightning bolt|wishing well|mince pie|microwave oven|pressure cooker|pepper grinder|gas "
+    "cylinder|compact disc|"
+    "cement mixer|washing machine|party horn|trophy cup|garlic bulb|tennis racket|measuring "
+    "tape|town hall|dollar sign|"
+    "cent sign|pound sign|penny sign|yen sign|euro sign|stop sign|train sign|treble clef|"
+    "bass clef|post box|motor bike|"
+    "eighth note|half note|quarter note|whole note|quarter rest|christmas light|clock face|"
+    "computer monitor|"
     "christmas pudding".split("|")
 )
 EXCEPTIONS = {
     "Tux and spider": ["penguin", "spider"], "Penguins are": ["penguin"], "Tux—": ["penguin"],
     "Tux the penguin in a farm tractor": ["penguin", "tractor"], "Tux Airways": ["airplane"],
-    "George the blue groper": ["fish"], "A couple of wings": ["wing"], "Edward Bear": ["teddy bear"],
-    "The baby of a gnu": ["gnu"], "A mountaingoat": ["mountain goat"], "A spider dancing with a fly": ["spider", "fly"],
-    "A blue and yellow flag": ["flag"], "A cup of": ["cup", "coffee"], "A glass of water": ["glass", "water"],
+    "George the blue groper": ["fish"], "A couple of wings": ["wing"],
+    "Edward Bear": ["teddy bear"],
+    "The baby of a gnu": ["gnu"], "A mountaingoat": ["mountain goat"],
+    "A spider dancing with a fly": ["spider", "fly"],
+    "A blue and yellow flag": ["flag"], "A cup of": ["cup", "coffee"],
+    "A glass of water": ["glass", "water"],
     "A bunny with an Easter egg": ["bunny", "egg"], "A chick inside an egg": ["chick", "egg"],
-    "A chick hatched": ["chick", "egg"], "A girl in a wheelchair": ["girl", "wheelchair"], "A top and skirt": ["top", "skirt"],
-    "A ripe, red tomato": ["tomato"], "A red and white anemone": ["anemone", "flower"], "A lemon slice": ["lemon"],
-    "A cherimoya fruit": ["cherimoya", "fruit"], "An avocado fruit": ["avocado", "fruit"], "A ginger": ["ginger"],
-    "A thyme plant": ["thyme"], "A silver garbage can": ["garbage can"], "A model of the earth": ["globe"],
-    "Eat your bread": ["bread"], "Eat your broccoli": ["broccoli"], "Say cheese": ["cheese"], "Remember to flush": ["toilet"],
-    "It's a cep": ["cep"], "Holly leaves": ["holly"], "A four leaf clover": ["clover"], "Hard candy": ["candy"],
-    "Santa Claus": ["santa claus"], "A Christmas tree": ["christmas tree", "tree"], "Appooppan Thaadi": ["milkweed"],
-    "An important part of Hanukkah": ["menorah"], "Gimel": ["dreidel"], "Hei": ["dreidel"], "Nun": ["dreidel"],
+    "A chick hatched": ["chick", "egg"], "A girl in a wheelchair": ["girl", "wheelchair"],
+    "A top and skirt": ["top", "skirt"],
+    "A ripe, red tomato": ["tomato"], "A red and white anemone": ["anemone", "flower"],
+    "A lemon slice": ["lemon"],
+    "A cherimoya fruit": ["cherimoya", "fruit"], "An avocado fruit": ["avocado", "fruit"],
+    "A ginger": ["ginger"],
+    "A thyme plant": ["thyme"], "A silver garbage can": ["garbage can"],
+    "A model of the earth": ["globe"],
+    "Eat your bread": ["bread"], "Eat your broccoli": ["broccoli"], "Say cheese": ["cheese"],
+    "Remember to flush": ["toilet"],
+    "It's a cep": ["cep"], "Holly leaves": ["holly"], "A four leaf clover": ["clover"],
+    "Hard candy": ["candy"],
+    "Santa Claus": ["santa claus"], "A Christmas tree": ["christmas tree", "tree"],
+    "Appooppan Thaadi": ["milkweed"],
+    "An important part of Hanukkah": ["menorah"], "Gimel": ["dreidel"], "Hei": ["dreidel"],
+    "Nun": ["dreidel"],
     "Shin": ["dreidel"], "A wooden toy from Germany": ["toy"], "A grave marker": ["gravestone"],
-    "A cemetery marker": ["gravestone"], "A monument stone": ["gravestone"], "Another tombstone": ["tombstone"],
-    "Our moon as a crescent": ["moon"], "Mars—": ["mars", "planet"], "Mercury—": ["mercury", "planet"],
-    "Venus—": ["venus", "planet"], "Jupiter—": ["jupiter", "planet"], "Saturn—": ["saturn", "planet"],
-    "Uranus—": ["uranus", "planet"], "Neptune—": ["neptune", "planet"], "Pluto—": ["pluto", "planet"],
-    "The Earth": ["earth", "planet"], "– Because a brain": ["helmet"], "We remember": ["memorial"], "Boom": ["explosion"],
-    "Fire!": ["fire"], "A tough APC": ["tank"], "With a fast APC": ["tank"], "This gun": ["gun"], "This shell": ["shell"],
-    "An F-22 Raptor": ["airplane"], "A mustang airplane": ["airplane"], "Silver pig tails": ["hair"],
-    "Excited": ["face"], "Happy": ["face"], "Mad": ["face"], "Sad": ["face"], "A Canadian 1 cent": ["coin", "penny"],
-    "A Canadian 5 cent": ["coin", "nickel"], "A Canadian 10 cent": ["coin", "dime"], "A Canadian 25 cent": ["coin", "quarter"],
-    "A Canadian dollar": ["coin", "dollar"], "A Canadian two dollar": ["coin", "dollar"], "A US 1 cent": ["coin", "penny"],
-    "A US 5 cent": ["coin", "nickel"], "A US 10 cent": ["coin", "dime"], "A US 25 cent": ["coin", "quarter"],
-    "A US 50 cent": ["coin", "half dollar"], "A US “Sacagawea”": ["coin", "dollar"], "1 Japanese": ["coin", "yen"],
+    "A cemetery marker": ["gravestone"], "A monument stone": ["gravestone"],
+    "Another tombstone": ["tombstone"],
+    "Our moon as a crescent": ["moon"], "Mars—": ["mars", "planet"],
+    "Mercury—": ["mercury", "planet"],
+    "Venus—": ["venus", "planet"], "Jupiter—": ["jupiter", "planet"],
+    "Saturn—": ["saturn", "planet"],
+    "Uranus—": ["uranus", "planet"], "Neptune—": ["neptune", "planet"],
+    "Pluto—": ["pluto", "planet"],
+    "The Earth": ["earth", "planet"], "– Because a brain": ["helmet"], "We remember": ["memorial"],
+    "Boom": ["explosion"],
+    "Fire!": ["fire"], "A tough APC": ["tank"], "With a fast APC": ["tank"], "This gun": ["gun"],
+    "This shell": ["shell"],
+    "An F-22 Raptor": ["airplane"], "A mustang airplane": ["airplane"],
+    "Silver pig tails": ["hair"],
+    "Excited": ["face"], "Happy": ["face"], "Mad": ["face"], "Sad": ["face"],
+    "A Canadian 1 cent": ["coin", "penny"],
+    "A Canadian 5 cent": ["coin", "nickel"], "A Canadian 10 cent": ["coin", "dime"],
+    "A Canadian 25 cent": ["coin", "quarter"],
+    "A Canadian dollar": ["coin", "dollar"], "A Canadian two dollar": ["coin", "dollar"],
+    "A US 1 cent": ["coin", "penny"],
+    "A US 5 cent": ["coin", "nickel"], "A US 10 cent": ["coin", "dime"],
+    "A US 25 cent": ["coin", "quarter"],
+    "A US 50 cent": ["coin", "half dollar"], "A US “Sacagawea”": ["coin", "dollar"],
+    "1 Japanese": ["coin", "yen"],
     "5 Japanese": ["coin", "yen"], "10 Japanese": ["coin", "yen"], "50 Japanese": ["coin", "yen"],
-    "100 Japanese": ["coin", "yen"], "500 Japanese": ["coin", "yen"], "Flat.": ["flat sign"], "Sharp.": ["sharp sign"],
-    "This means something can be recycled": ["recycling sign"], "Down at the docks": ["dock"], "Enter the cave": ["cave"],
-    "A sword in the stone": ["sword", "stone"], "“Arrow”": ["arrow"], "“Crossroads”": ["road sign", "crossroads"],
-    "An empty roadsign": ["road sign"], "Dead end": ["road sign"], "“Give Way”": ["road sign"], "“Hospital”": ["road sign"],
-    "No entry": ["road sign"], "“No U-Turn”": ["road sign"], "Roundabout": ["road sign"], "School ahead": ["road sign"],
-    "“T-intersection”": ["road sign"], "“Toilets”": ["road sign"], "“Yield”": ["road sign"], "“School": ["road sign"],
-    "Pedestrian": ["road sign"], "A railroad crossing": ["road sign"], "The red light": ["traffic light"],
-    "The yellow light": ["traffic light"], "The green light": ["traffic light"], "Police car emblems": ["emblem"],
-    "Rugby goal posts": ["goal post"], "A hot air balloon": ["hot air balloon"], "Eddie": ["helicopter"],
-    "UB2006": ["submarine"], "Tankers carry": ["tanker"], "A clock face": ["clock"], "A VW Beetle": ["car"], "A home compost bin": ["bin"],
+    "100 Japanese": ["coin", "yen"], "500 Japanese": ["coin", "yen"], "Flat.": ["flat sign"],
+    "Sharp.": ["sharp sign"],
+    "This means something can be recycled": ["recycling sign"], "Down at the docks": ["dock"],
+    "Enter the cave": ["cave"],
+    "A sword in the stone": ["sword", "stone"], "“Arrow”": ["arrow"],
+    "“Crossroads”": ["road sign", "crossroads"],
+    "An empty roadsign": ["road sign"], "Dead end": ["road sign"], "“Give Way”": ["road sign"],
+    "“Hospital”": ["road sign"],
+    "No entry": ["road sign"], "“No U-Turn”": ["road sign"], "Roundabout": ["road sign"],
+    "School ahead": ["road sign"],
+    "“T-intersection”": ["road sign"], "“Toilets”": ["road sign"], "“Yield”": ["road sign"],
+    "“School": ["road sign"],
+    "Pedestrian": ["road sign"], "A railroad crossing": ["road sign"],
+    "The red light": ["traffic light"],
+    "The yellow light": ["traffic light"], "The green light": ["traffic light"],
+    "Police car emblems": ["emblem"],
+    "Rugby goal posts": ["goal post"], "A hot air balloon": ["hot air balloon"],
+    "Eddie": ["helicopter"],
+    "UB2006": ["submarine"], "Tankers carry": ["tanker"], "A clock face": ["clock"],
+    "A VW Beetle": ["car"], "A home compost bin": ["bin"],
 }  # fmt: skip
 
 
@@ -169,7 +225,9 @@ def nouns(description: str) -> list[str]:
     return [pair, head] if pair in KINDS else [head]
 
 
-# ---- descriptions ---------------------------------------------------------------------------------------------------
+# Descriptions
+
+
 def read_descriptions(path: Path) -> dict[str, str]:
     "The texts of one stamp by language: English on the first line, then lines `xx.utf8=text`."
     lines = unicodedata.normalize("NFC", path.read_text("utf-8")).splitlines()
@@ -180,9 +238,13 @@ def read_descriptions(path: Path) -> dict[str, str]:
     return {language: text for language, text in texts.items() if text}
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# Pictures
+
+
 def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    "Resample an RGBA picture with its colours weighted by alpha, so that hidden colours cannot bleed into the edge."
+    """Resample an RGBA picture with its colours weighted by alpha, so that hidden colours cannot
+    bleed into the edge.
+    """
     pixels = np.asarray(picture.convert("RGBA"), np.float32) / 255  # (H, W, 4)
     pixels[..., :3] *= pixels[..., 3:]
     planes = [
@@ -193,18 +255,22 @@ def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     )  # (h, w, 4), premultiplied
 
 
-def render(root: Path, name: str) -> bytes:
-    "One stamp as WebP: the drawing (SVG) if there is one, else the bitmap, cut to its content, centred on the canvas."
+def open_stamp(root: Path, name: str) -> tuple[Image.Image, float]:
+    "(the drawing if there is one, else the bitmap; how much it may be enlarged)"
     stem = root / name
     drawing, bitmap = stem.with_suffix(".svg"), stem.with_suffix(".png")
     if drawing.exists() and not (bitmap.exists() and LIVE_TEXT.search(drawing.read_bytes())):
         png = resvg_py.svg_to_bytes(
             svg_path=str(drawing), width=4 * CANVAS, dpi=96, skip_system_fonts=True
         )
-        picture, limit = Image.open(io.BytesIO(bytes(png))).convert("RGBA"), 4.0
-    else:
-        picture, limit = Image.open(bitmap).convert("RGBA"), UPSCALE
-        picture = picture.crop((0, FRAME_ROWS.get(name, 0), *picture.size))
+        return Image.open(io.BytesIO(bytes(png))).convert("RGBA"), 4.0
+    picture = Image.open(bitmap).convert("RGBA")
+    return picture.crop((0, FRAME_ROWS.get(name, 0), *picture.size)), UPSCALE
+
+
+def render(root: Path, name: str) -> bytes:
+    "One stamp as WebP, cut to its content, centred on the canvas."
+    picture, limit = open_stamp(root, name)
     content = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
     picture = picture.crop(content)
     scale = min(BOX / max(picture.size), limit)
@@ -219,7 +285,9 @@ def render(root: Path, name: str) -> bytes:
     return out.getvalue()
 
 
-# ---- recordings -----------------------------------------------------------------------------------------------------
+# Recordings
+
+
 def levels(wave: np.ndarray, frame: int = SAMPLE_RATE // 100) -> np.ndarray:
     "The level of each 10 ms of a wave, in dB below full scale."
     count = len(wave) // frame
@@ -228,7 +296,9 @@ def levels(wave: np.ndarray, frame: int = SAMPLE_RATE // 100) -> np.ndarray:
 
 
 def voiced_seconds(wave: np.ndarray) -> float:
-    "How long a wave sounds like a voice: 40 ms frames, loud enough, that repeat themselves at 70 to 450 Hz."
+    """How long a wave sounds like a voice: 40 ms frames, loud enough, that repeat themselves at 70
+    to 450 Hz.
+    """
     frame, hop = SAMPLE_RATE // 25, SAMPLE_RATE // 100
     if len(wave) < frame:
         return 0.0
@@ -244,7 +314,9 @@ def voiced_seconds(wave: np.ndarray) -> float:
 
 
 def trim(wave: np.ndarray) -> np.ndarray:
-    "Cut the silence at both ends, leave 80 ms before and 120 ms after the speech, fade 5 ms where something was cut."
+    """Cut the silence at both ends, leave 80 ms before and 120 ms after the speech, fade 5 ms where
+    something was cut.
+    """
     level = levels(wave)
     # Above the room's noise, but never so high that a quiet consonant goes.
     threshold = np.clip(np.percentile(level, 5) + 8, level.max() - 45, level.max() - 28)
@@ -264,13 +336,17 @@ REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def ogg_checksum(page: bytes) -> int:
-    "The checksum of an Ogg page. It is zlib's with the bits of every byte and of the result in reverse, starting at 0."
+    """The checksum of an Ogg page. It is zlib's with the bits of every byte and of the result in
+    reverse, starting at 0.
+    """
     value = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{value:032b}"[::-1], 2)
 
 
 def tidy_ogg(ogg: bytes) -> bytes:
-    "The same Opus stream with serial number 1 instead of a random one, and without the 750 bytes of padding in its tags."
+    """The same Opus stream with serial number 1 instead of a random one, and without the 750 bytes
+    of padding in its tags.
+    """
     pages, start = [], 0
     while start < len(ogg):
         table = 27 + ogg[start + 26]  # header, then one byte for each segment
@@ -289,7 +365,9 @@ def tidy_ogg(ogg: bytes) -> bytes:
 
 
 def encode_opus(wave: np.ndarray, bitrate: int = 14_000) -> bytes:
-    "A 16 kHz mono wave as Opus in Ogg, at about `bitrate` bits a second; the same bytes every time."
+    """A 16 kHz mono wave as Opus in Ogg, at about `bitrate` bits a second; the same bytes every
+    time.
+    """
     out = io.BytesIO()
     # libsndfile maps the compression level 0..1 onto 256..6 kbit/s for each channel.
     level = 1 - (bitrate - 6_000) / 250_000
@@ -320,9 +398,13 @@ def convert(path: Path) -> tuple[bytes | None, float, str]:
     return encode_opus(mono), len(mono) / SAMPLE_RATE, ""
 
 
-# ---- splits ---------------------------------------------------------------------------------------------------------
+# Splits
+
+
 def split_stamps(stamps: dict[str, dict], seed: int) -> dict[str, str]:
-    "The split of each stamp: 70/10/20 within each category; stamps that share a description or a recording stay together."
+    """The split of each stamp: 70/10/20 within each category; stamps that share a description or a
+    recording stay together.
+    """
     leader = {name: name for name in stamps}
 
     def find(name: str) -> str:
@@ -354,11 +436,13 @@ def split_stamps(stamps: dict[str, dict], seed: int) -> dict[str, str]:
         filled = collections.Counter()
         for group in members:
             # Whichever split is furthest behind its share here; the whole corpus breaks ties.
-            behind = lambda split: (
-                filled[split] / SPLITS[split],
-                total[split] / SPLITS[split],
-                split,
-            )  # noqa: E731
+            def behind(split):
+                return (
+                    filled[split] / SPLITS[split],
+                    total[split] / SPLITS[split],
+                    split,
+                )
+
             split = min(SPLITS, key=behind)
             filled[split] += len(group)
             total[split] += len(group)
@@ -366,9 +450,13 @@ def split_stamps(stamps: dict[str, dict], seed: int) -> dict[str, str]:
     return chosen
 
 
-# ---- the archive ----------------------------------------------------------------------------------------------------
+# The archive
+
+
 def write_archive(path: Path, files: dict[str, bytes]) -> None:
-    "A zip of `files`: stored, names sorted, one fixed date; written beside `path` and renamed when complete."
+    """A zip of `files`: stored, names sorted, one fixed date; written beside `path` and renamed
+    when complete.
+    """
     path = Path(path)
     scratch = path.with_name(path.name + ".part")
     with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED) as archive:
@@ -391,7 +479,9 @@ def manifest(entries: list[dict]) -> bytes:
 
 
 def survey(root: Path) -> tuple[dict[str, dict], list[dict]]:
-    "All stamps that have a picture and a description, with their recordings, and the list of what is left out."
+    """All stamps that have a picture and a description, with their recordings, and the list of what
+    is left out.
+    """
     stamps, dropped = {}, []
     for path in sorted(root.rglob("*.txt")):
         folder = path.relative_to(root).with_suffix("")
@@ -433,112 +523,129 @@ def survey(root: Path) -> tuple[dict[str, dict], list[dict]]:
     return stamps, dropped
 
 
-def build(out: Path, workers: int) -> dict:
-    "Write the archive and the report; returns the report."
-    root = sources.fetch(PACKAGE) / "usr/share/tuxpaint/stamps"
+def licences(root: Path) -> dict[str, bytes]:
+    "The files of the archive that say whose it is."
     copyright_text = (root / "../../doc" / PACKAGE / "copyright").resolve().read_bytes()
     licence = GPL.read_bytes() if GPL.exists() else b""
     if hashlib.sha256(licence).hexdigest() != GPL_DIGEST:
         raise SystemExit(f"{GPL}: not the expected text of the licence; build on a Debian system")
-    stamps, dropped = survey(root)
-    with multiprocessing.Pool(workers) as pool:
-        unique = {}  # one conversion for each different recording: many stamps share one
-        for stamp in stamps.values():
-            for caption in stamp["captions"]:
-                unique.setdefault(caption["digest"], caption["path"])
-        converted = dict(zip(unique, pool.map(convert, unique.values(), chunksize=16)))
-        for stamp in stamps.values():
-            kept = []
-            for caption in stamp["captions"]:
-                if reason := converted[caption["digest"]][2]:
-                    dropped.append(
-                        {"file": caption["file"], "language": caption["language"], "reason": reason}
-                    )
-                else:
-                    kept.append(caption)
-            stamp["captions"] = kept
-        without = [
-            name for name, stamp in stamps.items() if not stamp["picture"] or not stamp["captions"]
-        ]
-        left_out = [
-            {"stamp": name, "reason": "no recording" if stamps[name]["picture"] else "no picture"}
-            for name in without
-        ]
-        stamps = {name: stamp for name, stamp in stamps.items() if name not in without}
-        pictures = dict(
-            zip(stamps, pool.starmap(render, [(root, name) for name in stamps], chunksize=8))
-        )
+    notice = NOTICE.format(version=sources.SOURCES[PACKAGE].version).encode()
+    return {"COPYRIGHT": copyright_text, "COPYING": licence, "NOTICE": notice}
 
-    split_of = split_stamps(stamps, SEED)
-    files = {"COPYRIGHT": copyright_text, "COPYING": licence}
-    files["NOTICE"] = NOTICE.format(version=sources.SOURCES[PACKAGE].version).encode()
-    manifests = {split: [] for split in ("all", *SPLITS)}
-    seconds, captions, abridged, wavs = collections.Counter(), collections.Counter(), [], {}
-    for name, stamp in stamps.items():
-        label = name.replace("/", "-")
-        entry = {
-            "image": f"images/{label}.webp",
-            "captions": [],
-            "concepts": nouns(stamp["texts"]["en"]),
-        }
-        entry["scene"] = {"category": stamp["category"], "folder": stamp["folder"]}
-        files[entry["image"]] = pictures[name]
+
+def convert_all(stamps: dict[str, dict], dropped: list[dict], pool) -> dict[str, tuple]:
+    "{digest: convert's answer}; recordings that are of no use leave the stamps, in place."
+    unique = {}  # one conversion for each different recording: many stamps share one
+    for stamp in stamps.values():
         for caption in stamp["captions"]:
-            language, (data, length, _) = caption["language"], converted[caption["digest"]]
-            uttid = f"{label}-{language}"
-            # Stamps that share a recording share the file; the name is that of the first.
-            wav = wavs.setdefault((caption["digest"], language), f"wavs/{uttid}.ogg")
-            files[wav] = data
-            text = stamp["texts"][language]
-            entry["captions"].append(
-                {
-                    "text": text,
-                    "speaker": f"tuxpaint-{language}",
-                    "uttid": uttid,
-                    "wav": wav,
-                    "language": language,
-                }
-            )
-            seconds[language] += length
-            captions[language] += 1
-            captions[split_of[name], language] += 1
-            if len(text) / length > 40:
-                abridged.append(uttid)
-        for split in ("all", split_of[name]):
-            manifests[split].append(entry)
-    for split, entries in manifests.items():
-        files[f"{split}.json"] = manifest(entries)
-    write_archive(out, files)
+            unique.setdefault(caption["digest"], caption["path"])
+    converted = dict(zip(unique, pool.map(convert, unique.values(), chunksize=16)))
+    for stamp in stamps.values():
+        kept = []
+        for caption in stamp["captions"]:
+            if reason := converted[caption["digest"]][2]:
+                facts = {"file": caption["file"], "language": caption["language"]}
+                dropped.append(facts | {"reason": reason})
+            else:
+                kept.append(caption)
+        stamp["captions"] = kept
+    return converted
 
+
+class Counted:
+    "What the report counts while the manifests are written."
+
+    def __init__(self):
+        self.seconds, self.captions = collections.Counter(), collections.Counter()
+        self.abridged, self.wavs = [], {}
+
+    def add(self, uttid: str, language: str, split: str, text: str, length: float) -> None:
+        self.seconds[language] += length
+        self.captions[language] += 1
+        self.captions[split, language] += 1
+        if len(text) / length > 40:
+            self.abridged.append(uttid)
+
+
+def entry_of(name, stamp, split, converted, files, counted) -> dict:
+    "The entry of one stamp; its recordings go into files."
+    label, captions = name.replace("/", "-"), []
+    for caption in stamp["captions"]:
+        language, (data, length, _) = caption["language"], converted[caption["digest"]]
+        uttid, text = f"{label}-{language}", stamp["texts"][language]
+        # Stamps that share a recording share the file; the name is that of the first.
+        wav = counted.wavs.setdefault((caption["digest"], language), f"wavs/{uttid}.ogg")
+        files[wav] = data
+        facts = {"text": text, "speaker": f"tuxpaint-{language}", "uttid": uttid}
+        captions.append(facts | {"wav": wav, "language": language})
+        counted.add(uttid, language, split, text, length)
+    return {
+        "image": f"images/{label}.webp",
+        "captions": captions,
+        "concepts": nouns(stamp["texts"]["en"]),
+        "scene": {"category": stamp["category"], "folder": stamp["folder"]},
+    }
+
+
+def report_of(stamps, manifests, counted, dropped, left_out) -> dict:
+    captions, seconds = counted.captions, counted.seconds
     languages = sorted(seconds, key=lambda language: (-captions[language], language))
+    by_split = {split: {} for split in manifests}
+    for split, numbers in by_split.items():
+        for language in languages:
+            numbers[language] = captions[language if split == "all" else (split, language)]
     reasons = collections.Counter((item["reason"], item["language"] or "?") for item in dropped)
-    report = {
+    dropped_counts = {}
+    for (reason, language), n in sorted(reasons.items()):
+        dropped_counts.setdefault(reason, {})[language] = n
+    categories = collections.Counter(stamp["category"] for stamp in stamps.values())
+    return {
         "pictures": {split: len(entries) for split, entries in manifests.items()},
-        "captions": {
-            split: {
-                language: captions[language] if split == "all" else captions[split, language]
-                for language in languages
-            }
-            for split in manifests
-        },
+        "captions": by_split,
         "seconds": {language: round(seconds[language], 1) for language in languages},
-        "recordings": len(wavs),
-        "categories": dict(
-            sorted(collections.Counter(stamp["category"] for stamp in stamps.values()).items())
-        ),
-        "dropped_counts": {
-            reason: {language: n for (why, language), n in sorted(reasons.items()) if why == reason}
-            for reason in sorted({why for why, _ in reasons})
-        },
+        "recordings": len(counted.wavs),
+        "categories": dict(sorted(categories.items())),
+        "dropped_counts": dropped_counts,
         "dropped_stamps": left_out,
         "dropped": sorted(dropped, key=lambda item: item["file"]),
-        "abridged": sorted(abridged),
+        "abridged": sorted(counted.abridged),
     }
-    report_file = out.with_name(out.stem + "_report.json")
-    scratch = report_file.with_name(report_file.name + ".part")
-    scratch.write_bytes(to_json(report))
-    os.replace(scratch, report_file)
+
+
+def build(out: Path, workers: int) -> dict:
+    "Write the archive and the report; returns the report."
+    root = sources.fetch(PACKAGE) / "usr/share/tuxpaint/stamps"
+    files = licences(root)
+    stamps, dropped = survey(root)
+    with multiprocessing.Pool(workers) as pool:
+        converted = convert_all(stamps, dropped, pool)
+        left_out = []
+        for name, stamp in list(stamps.items()):
+            if not stamp["picture"] or not stamp["captions"]:
+                reason = "no recording" if stamp["picture"] else "no picture"
+                left_out.append({"stamp": name, "reason": reason})
+                del stamps[name]
+        pictures = pool.starmap(render, [(root, name) for name in stamps], chunksize=8)
+
+    split_of, counted = split_stamps(stamps, SEED), Counted()
+    manifests = {split: [] for split in ("all", *SPLITS)}
+    for (name, stamp), picture in zip(stamps.items(), pictures):
+        entry = entry_of(name, stamp, split_of[name], converted, files, counted)
+        files[entry["image"]] = picture
+        for split in ("all", split_of[name]):
+            manifests[split].append(entry)
+    files |= {f"{split}.json": manifest(entries) for split, entries in manifests.items()}
+    write_archive(out, files)
+
+    report = report_of(stamps, manifests, counted, dropped, left_out)
+    write_whole(out.with_name(out.stem + "_report.json"), to_json(report))
     return report
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
 
 
 def main() -> None:
@@ -550,9 +657,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()
     report = build(args.out, args.workers)
-    print(
-        f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {report['recordings']} different recordings"
-    )
+    size = args.out.stat().st_size / 1e6
+    print(f"{args.out}: {size:.1f} MB, {report['recordings']} different recordings")
     for key in ("pictures", "captions", "seconds", "dropped_counts", "dropped_stamps"):
         print(f"{key}: {json.dumps(report[key], ensure_ascii=False)}")
 

@@ -37,7 +37,10 @@ def scenes():
     parts = {split: parts[split] for split in ("train", "val", "test", "test_style", "voice")}
     kinds = {s: Counter(e["scene"]["kind"] for e in entries) for s, entries in parts.items()}
     groups = {s: Counter(e["group"] for e in entries) for s, entries in parts.items()}
-    yield '**Splits.** "With siblings": pictures whose nouns occur in the same split in another binding.'
+    yield (
+        '**Splits.** "With siblings": pictures whose nouns occur in the same split in '
+        "another binding."
+    )
     order = ("single", "count", "pair", "mixed", "whole")
     yield table(
         ["split", "pictures", "captions", *order, "compositions", "with siblings", "voices"],
@@ -59,7 +62,11 @@ def scenes():
             for s, entries in parts.items()
         ],
     )
-    yield f"**Swap probe** (`swap.json`, pictures of `test`): {len(probe)} trials over {len({(r['image'], r['other']) for r in probe})} ordered pairs of pictures."
+    pairs = len({(r["image"], r["other"]) for r in probe})
+    yield (
+        f"**Swap probe** (`swap.json`, pictures of `test`): {len(probe)} trials over {pairs} "
+        "ordered pairs of pictures."
+    )
     yield table(["kind", "trials"], sorted(Counter(r["kind"] for r in probe).items()))
     yield "**Drawing styles** (pictures; those of `voice` are among those of `train`)."
     styles = sorted({e["scene"]["style"] for entries in parts.values() for e in entries})

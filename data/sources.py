@@ -3,9 +3,10 @@
     python data/sources.py            # all of them
     python data/sources.py openmoji   # one
 
-Everything lands in the git-ignored folder `data/.sources/`, one folder per package and version. A package that is
-already there is not fetched again. Each downloaded file is checked against the hash pinned here, so that a build
-starts from the same bytes everywhere. Nobody needs this to use the corpora: the built archives are committed.
+Everything lands in the git-ignored folder `data/.sources/`, one folder per package and version. A
+package that is already there is not fetched again. Each downloaded file is checked against the hash
+pinned here, so that a build starts from the same bytes everywhere. Nobody needs this to use the
+corpora: the built archives are committed.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ FOLDER = Path(__file__).resolve().parent / ".sources"
 
 @dataclass(frozen=True)
 class Source:
-    "One pinned package: which client brings it, which bytes are expected, and under which licence it comes."
+    """One pinned package: which client brings it, which bytes are expected, and under which licence
+    it comes.
+    """
 
     client: str  # "apt" (a Debian package) or "npm"
     version: str  # the exact version
@@ -51,7 +54,8 @@ SOURCES = {
     "@iconify-json/fluent-emoji-flat": Source(
         "npm", "1.2.6", "MIT", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
-    "@twemoji/svg": Source(  # the package's own field says MIT: that is its code; the drawings are CC BY 4.0
+    # the package's own field says MIT: that is its code; the drawings are CC BY 4.0
+    "@twemoji/svg": Source(
         "npm",
         "15.0.0",
         "CC-BY-4.0",
@@ -78,20 +82,24 @@ def download(name: str, source: Source, folder: Path) -> Path:
         command = ["npm", "pack", "--silent", f"{name}@{source.version}"]
     if shutil.which(command[0]) is None:
         raise SystemExit(
-            f"{name}: the client {command[0]} is not installed; install it, or use the committed archives"
+            f"{name}: the client {command[0]} is not installed; install it, or use the "
+            "committed archives"
         )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SystemExit(
-            f"{name} {source.version}: {command[0]} did not bring it ({last}); check that its index is fresh"
+            f"{name} {source.version}: {command[0]} did not bring it ({last}); check that its "
+            "index is fresh"
         )
     return files[0]
 
 
 def fetch(name: str) -> Path:
-    "The folder that holds the unpacked package `name`; downloads and unpacks it the first time. Raises SystemExit."
+    """The folder that holds the unpacked package `name`; downloads and unpacks it the first time.
+    Raises SystemExit.
+    """
     if name not in SOURCES:
         raise SystemExit(f"{name}: not a known source; the known ones are {', '.join(SOURCES)}")
     source = SOURCES[name]
@@ -99,7 +107,8 @@ def fetch(name: str) -> Path:
     if target.is_dir():
         return target
     FOLDER.mkdir(exist_ok=True)
-    # Everything happens in a temporary neighbour, renamed at the end: a folder that exists is complete.
+    # Everything happens in a temporary neighbour, renamed at the end: a folder that exists is
+    # complete.
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
         incoming, unpacked = Path(scratch, "incoming"), Path(scratch, "unpacked")
         incoming.mkdir()
@@ -109,7 +118,8 @@ def fetch(name: str) -> Path:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digest != source.digest:
             raise SystemExit(
-                f"{name} {source.version}: SHA-256 is {digest}, expected {source.digest}; not the pinned file"
+                f"{name} {source.version}: SHA-256 is {digest}, expected {source.digest}; "
+                "not the pinned file"
             )
         if source.client == "apt":
             subprocess.run(["dpkg-deb", "-x", str(file), str(unpacked)], check=True)
@@ -128,9 +138,8 @@ def fetch(name: str) -> Path:
 def main(names: list[str]) -> None:
     "Fetch the named packages, or all of them, and say where they are."
     for name in names or SOURCES:
-        print(
-            f"{name} {SOURCES[name].version if name in SOURCES else ''}: {fetch(name).relative_to(FOLDER.parent)}"
-        )
+        version = SOURCES[name].version if name in SOURCES else ""
+        print(f"{name} {version}: {fetch(name).relative_to(FOLDER.parent)}")
 
 
 if __name__ == "__main__":

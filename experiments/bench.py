@@ -505,7 +505,7 @@ def start(quick):
 
     python("-c", timed, "speechimg")  # from here on compiled
     package, main = imports(["speechimg"]), imports(["speechimg.train", "speechimg.retrieval"])
-    every = imports([f"speechimg.{name}" for name in names])
+    every = imports(names)
     told = min(
         seconds(lambda: python("-m", "speechimg.cli", "--help")) for _ in range(1 if quick else 5)
     )

@@ -195,7 +195,7 @@ def step_output(crowd, sic, fine, alpha, sim_weight):
         speech_to_image=sic.speech_to_image,
         image_to_speech=sic.image_to_speech,
         sim_logits=fine.logits,
-        keys=crowd.keys._make(one.detach() for one in crowd.keys),
+        keys=crowd.keys._make(one.detach() for one in crowd.keys),  # the queue holds numbers
         coarse_accuracy=float((ids[nearest] == own).float().mean()),
         sim_accuracy=fine.accuracy,
     )

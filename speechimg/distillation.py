@@ -8,33 +8,33 @@ __all__ = ['alpha_ramp', 'soft_targets', 'target_entropy']
 # %% ../nbs/10_distillation.ipynb #01ba62a4
 import torch
 
-# %% ../nbs/10_distillation.ipynb #7a9a019e
+# %% ../nbs/10_distillation.ipynb #f47e76f8
 #| exercise: distillation
 def alpha_ramp(
     step: int,  # optimiser steps already made: 0 at the very first
     ramp_steps: int,  # length of the ramp; 0 = full weight at once
-    alpha: float,  # weight of the teacher at the end, in [0, 1]; ALBEF default 0.4, the paper's value not seen
+    alpha: float,  # weight of the teacher at the end, in [0, 1]
 ) -> float:
     "Weight of the teacher: 0 at step 0, growing linearly, `alpha` from `ramp_steps` on."
     if step < 0 or ramp_steps < 0 or not 0 <= alpha <= 1:
         raise ValueError(
-            f"alpha_ramp: need step >= 0, ramp_steps >= 0, alpha in [0, 1]; got {step}, {ramp_steps}, {alpha}"
+            "alpha_ramp: need step >= 0, ramp_steps >= 0, alpha in [0, 1]; "
+            f"got {step}, {ramp_steps}, {alpha}"
         )
     return float(alpha) if step >= ramp_steps else alpha * step / ramp_steps
 
-# %% ../nbs/10_distillation.ipynb #b977a219
+# %% ../nbs/10_distillation.ipynb #8ec3623b
 #| exercise: distillation
 @torch.no_grad()
 def soft_targets(
-    teacher_logits: torch.Tensor,  # (B, N) of the teacher's own embeddings, at the student's temperature
+    teacher_logits: torch.Tensor,  # (B, N) of the teacher's embeddings, the student's temperature
     targets: torch.Tensor,  # (B, N) rows that sum to 1, from the ids
     alpha: float,  # weight of the teacher, in [0, 1]
 ) -> torch.Tensor:  # (B, N) float32, rows sum to 1, no gradient
     "Mix q = alpha softmax(teacher) + (1 - alpha) y (ALBEF eq. 6)."
     if teacher_logits.shape != targets.shape:
-        raise ValueError(
-            f"soft_targets: teacher logits are {tuple(teacher_logits.shape)}, targets {tuple(targets.shape)}"
-        )
+        shapes = f"{tuple(teacher_logits.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"soft_targets: teacher logits are {shapes}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"soft_targets: alpha must lie in [0, 1], got {alpha}")
     targets = targets.detach().float()
@@ -42,11 +42,11 @@ def soft_targets(
         return targets
     return alpha * teacher_logits.float().softmax(dim=1) + (1 - alpha) * targets
 
-# %% ../nbs/10_distillation.ipynb #c67fded5
+# %% ../nbs/10_distillation.ipynb #7ff52a2d
 #| exercise: distillation
 @torch.no_grad()
 def target_entropy(
     targets: torch.Tensor,  # (B, N) rows that sum to 1
 ) -> torch.Tensor:  # () float32
-    "Mean entropy of the rows in nats: no network's cross-entropy with these targets can be lower."
+    "Mean entropy of the rows in nats: no cross-entropy with these targets can be lower."
     return torch.special.entr(targets.float()).sum(dim=1).mean()  # entr(x) = -x ln x, and 0 at 0

@@ -8,26 +8,25 @@ __all__ = ['allowed_keys', 'negative_probabilities', 'sample_negatives']
 # %% ../nbs/08_mining.ipynb #1bbb97b3
 import torch
 
-# %% ../nbs/08_mining.ipynb #3c835a2f
+# %% ../nbs/08_mining.ipynb #b569ae4c
 #| exercise: mining
 def allowed_keys(
     logits: torch.Tensor,  # (B, N) coarse logits
     ids: torch.Tensor,  # (B,) image id of each query
-    key_ids: torch.Tensor
-    | None = None,  # (N,) image id of each key, -1 = empty; None: the keys are the batch itself
+    key_ids: torch.Tensor | None = None,  # (N,) of each key, -1 = empty; None: the batch itself
 ) -> torch.Tensor:  # (B, N) True where a key may be drawn
     "Keys of another image, no empty slots, a finite logit; ValueError for shapes that do not fit."
     key_ids = ids if key_ids is None else key_ids
     if logits.shape != (len(ids), len(key_ids)):
         raise ValueError(
-            f"mining: logits are {tuple(logits.shape)} for {len(ids)} queries and {len(key_ids)} keys; "
-            "pass logits[:, :B] to mine from the batch, or key_ids to mine from other keys"
+            f"mining: logits are {tuple(logits.shape)} for {len(ids)} queries and "
+            f"{len(key_ids)} keys; pass logits[:, :B] to mine from the batch, "
+            "or key_ids to mine from other keys"
         )
     different = ids[:, None] != key_ids[None, :]  # (B, 1), (1, N) -> (B, N)
-    # A NaN is never drawn, so that the loss, which knows the batch, reports it instead of the sampler.
     return different & (key_ids >= 0)[None, :] & logits.isfinite()
 
-# %% ../nbs/08_mining.ipynb #2af67b17
+# %% ../nbs/08_mining.ipynb #3f9013ee
 #| exercise: mining
 @torch.no_grad()
 def negative_probabilities(
@@ -37,27 +36,20 @@ def negative_probabilities(
 ) -> torch.Tensor:  # (B, N) float32; a row without a valid negative is all zeros
     "Softmax of the coarse logits over the keys of other images (ALBEF section 3, ITM)."
     allowed = allowed_keys(logits, ids, key_ids)
-    masked = logits.float().masked_fill(
-        ~allowed, -torch.inf
-    )  # -inf before the softmax: exactly 0 after it
-    return masked.softmax(dim=1).masked_fill(
-        ~allowed, 0.0
-    )  # a row of only -inf is NaN, and becomes zeros
+    masked = logits.float().masked_fill(~allowed, -torch.inf)  # exactly 0 after the softmax
+    return masked.softmax(dim=1).masked_fill(~allowed, 0.0)  # NaN in a row of only -inf, then 0
 
-# %% ../nbs/08_mining.ipynb #6b9118a1
+# %% ../nbs/08_mining.ipynb #bababd62
 #| exercise: mining
 @torch.no_grad()
 def sample_negatives(
     logits: torch.Tensor,  # (B, N) coarse logits
     ids: torch.Tensor,  # (B,) image id of each query
-    generator: torch.Generator
-    | None = None,  # source of randomness; on the CPU it gives the same draws on every device
-    key_ids: torch.Tensor | None = None,  # (N,) as in `allowed_keys`, for mining from the queue
+    generator: torch.Generator | None = None,  # on the CPU: the same draws on every device
+    key_ids: torch.Tensor | None = None,  # (N,) as in `allowed_keys`
     count: int = 1,  # negatives per query, all different
     hard: bool = True,  # False: every valid key equally likely
-) -> (
-    torch.Tensor
-):  # (B,), or (B, count) if count > 1: indices of keys, -1 where there is none (left)
+) -> torch.Tensor:  # (B,), or (B, count) if count > 1: indices of keys, -1 where none is left
     "Draw wrong partners for every query in one batched call."
     if count < 1:
         raise ValueError(f"sample_negatives: count must be at least 1, got {count}")
@@ -68,12 +60,10 @@ def sample_negatives(
     picks = torch.full((len(ids), count), -1, device=logits.device)
     drawn = min(count, logits.shape[1])
     if drawn and len(ids):
-        weights = torch.where(
-            allowed.any(dim=1, keepdim=True), weights, torch.ones_like(weights)
-        )  # multinomial refuses empty rows
+        empty = ~allowed.any(dim=1, keepdim=True)
+        weights = weights.masked_fill(empty, 1.0)  # multinomial refuses an empty row
         device = weights.device if generator is None else generator.device
-        index = torch.multinomial(weights.to(device), drawn, generator=generator).to(
-            logits.device
-        )  # (B, N) -> (B, drawn)
-        picks[:, :drawn] = torch.where(allowed.gather(1, index), index, -1)  # exhausted rows say -1
+        index = torch.multinomial(weights.to(device), drawn, generator=generator)
+        index = index.to(logits.device)  # (B, N) -> (B, drawn)
+        picks[:, :drawn] = torch.where(allowed.gather(1, index), index, -1)
     return picks[:, 0] if count == 1 else picks

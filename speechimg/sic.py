@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-# %% ../nbs/06_sic.ipynb #8459c679
+# %% ../nbs/06_sic.ipynb #335230c7
 #| exercise: sic
 def id_targets(
     ids: torch.Tensor,  # (B,) image id of each query, >= 0
     key_ids: torch.Tensor,  # (N,) image id of each key, -1 = empty slot
 ) -> torch.Tensor:  # (B, N) float32, every row sums to 1
-    "Share each row's probability among all keys of the same image; ValueError for a row that has none."
+    "Share each row among all keys of the same image; ValueError for a row that has none."
     if len(ids) and ids.min() < 0:
         raise ValueError(
             f"id_targets: ids must not be negative (-1 marks an empty slot), got {int(ids.min())}"
@@ -27,28 +27,28 @@ def id_targets(
     if (count == 0).any():
         row = int((count == 0).flatten().nonzero()[0])
         raise ValueError(
-            f"id_targets: no key has the id {int(ids[row])} of row {row}; put each query's own pair among the keys"
+            f"id_targets: no key has the id {int(ids[row])} of row {row}; "
+            "put each query's own pair among the keys"
         )
     return same.float() / count
 
-# %% ../nbs/06_sic.ipynb #60fc8952
+# %% ../nbs/06_sic.ipynb #e2e10305
 #| exercise: sic
 def similarity_logits(
     queries: torch.Tensor,  # (B, d) unit length, any precision
     keys: torch.Tensor,  # (N, d) unit length
     temperature: float | torch.Tensor,  # tau > 0: cosines are DIVIDED by it
 ) -> torch.Tensor:  # (B, N) float32
-    "Cosine similarities over the temperature, in float32 even under autocast (method: z = <q, k> / tau)."
+    "Cosine similarities over the temperature, z = <q, k> / tau, in float32 even under autocast."
     if not torch.is_tensor(temperature) and not temperature > 0:
         raise ValueError(f"similarity_logits: the temperature must be positive, got {temperature}")
     if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
-        raise ValueError(
-            f"similarity_logits: need (B, d) and (N, d), got {tuple(queries.shape)} and {tuple(keys.shape)}"
-        )
+        found = f"{tuple(queries.shape)} and {tuple(keys.shape)}"
+        raise ValueError(f"similarity_logits: need (B, d) and (N, d), got {found}")
     with torch.autocast(queries.device.type, enabled=False):
         return queries.float() @ keys.float().T / temperature  # (B, d) x (d, N) -> (B, N)
 
-# %% ../nbs/06_sic.ipynb #090216a1
+# %% ../nbs/06_sic.ipynb #9986709f
 #| exercise: sic sic_loss
 class SicOutput(NamedTuple):
     "What `sic_loss` returns."
@@ -59,37 +59,32 @@ class SicOutput(NamedTuple):
 
 
 def sic_loss(
-    speech: torch.Tensor,  # (B, d) online embeddings, unit length
+    speech: torch.Tensor,  # (B, d) embeddings of the student, unit length
     image: torch.Tensor,  # (B, d)
-    speech_keys: torch.Tensor,  # (N, d) teacher embeddings: this batch first, then the queue
+    speech_keys: torch.Tensor,  # (N, d) keys: this batch first, then any others
     image_keys: torch.Tensor,  # (N, d)
-    targets: torch.Tensor
-    | tuple[torch.Tensor, torch.Tensor],  # (B, N), or a pair (speech->image, image->speech)
+    targets: torch.Tensor | tuple,  # (B, N), or a pair (speech->image, image->speech)
     temperature: float | torch.Tensor,  # tau; a Parameter gets its gradient here
 ) -> SicOutput:
-    "Mean of both directions' soft-target cross-entropies, averaged over the batch (ALBEF eq. 1)."
-    to_image, to_speech = (targets, targets) if torch.is_tensor(targets) else targets
-    logits = (
-        similarity_logits(speech, image_keys, temperature),
-        similarity_logits(image, speech_keys, temperature),
-    )
+    "Mean of both directions' soft-target cross-entropies over the batch (ALBEF eq. 1)."
+    to_image = similarity_logits(speech, image_keys, temperature)  # (B, N)
+    to_speech = similarity_logits(image, speech_keys, temperature)
     losses = []
-    for scores, target in zip(logits, (to_image, to_speech)):
-        if target.shape != scores.shape:
-            raise ValueError(
-                f"sic_loss: targets are {tuple(target.shape)} but the logits are {tuple(scores.shape)}"
-            )
-        losses.append(
-            -(target.detach().float() * F.log_softmax(scores, dim=1)).sum(dim=1).mean()
-        )  # sum over keys, mean over the batch
-    return SicOutput((losses[0] + losses[1]) / 2, *logits)
+    both = (targets, targets) if torch.is_tensor(targets) else targets
+    for logits, target in zip((to_image, to_speech), both):
+        if target.shape != logits.shape:
+            shapes = f"targets are {tuple(target.shape)} but the logits are {tuple(logits.shape)}"
+            raise ValueError(f"sic_loss: {shapes}")
+        log_believed = F.log_softmax(logits, dim=1)
+        losses.append(-(target.detach().float() * log_believed).sum(dim=1).mean())
+    return SicOutput((losses[0] + losses[1]) / 2, to_image, to_speech)
 
-# %% ../nbs/06_sic.ipynb #d72c3cab
+# %% ../nbs/06_sic.ipynb #8b267f4a
 @torch.no_grad()
 def clamp_temperature(
     temperature: torch.Tensor,  # the learnable tau, changed in place
     low: float = 0.001,  # ALBEF default, the paper's value not seen
     high: float = 0.5,
 ) -> None:
-    "Keep tau where it cannot explode or flatten everything; before each step."
+    "Keep tau within its range; before each step."
     temperature.clamp_(low, high)

@@ -1,7 +1,9 @@
-"""Miniature folders in the real layouts of Flickr8k Audio, SpokenCOCO, Places Audio and SPEECH-COCO, defects included.
+"""Miniature folders in the real layouts of Flickr8k Audio, SpokenCOCO, Places Audio and SPEECH-
+COCO, defects included.
 
-Each function writes a folder and returns it; `files_of_...` gives the same as {name: bytes}, to be changed before it is
-written. The sounds and pictures are those of miniature.py, so that a tiny model can be trained on them.
+Each function writes a folder and returns it; `files_of_...` gives the same as {name: bytes}, to be
+changed before it is written. The sounds and pictures are those of miniature.py, so that a tiny
+model can be trained on them.
 """
 
 import json
@@ -30,7 +32,9 @@ def text(number):
 
 
 def header_claims(wav, extra):
-    "The bytes of a wav whose header claims `extra` bytes more than there are (or fewer), as one file of Flickr8k Audio does."
+    """The bytes of a wav whose header claims `extra` bytes more than there are (or fewer), as one
+    file of Flickr8k Audio does.
+    """
     at = wav.index(b"data") + 4
     size = int.from_bytes(wav[at : at + 4], "little") + extra
     return wav[:at] + size.to_bytes(4, "little") + wav[at + 4 :]
@@ -49,7 +53,9 @@ def split_sizes(n_images):
 
 
 def files_of_flickr(n_images=4, captions=5, karpathy=False, images="Images"):
-    "{name: bytes}: four text tables, or dataset_flickr8k.json; one key malformed, two pictures without a split, one wrong header."
+    """{name: bytes}: four text tables, or dataset_flickr8k.json; one key malformed, two pictures
+    without a split, one wrong header.
+    """
     files, number, tokens, capt, spk, described = {}, 0, [], [], [], []
     for split, size in split_sizes(n_images).items():
         listed = []
@@ -112,7 +118,9 @@ def coco_name(part, number):
 
 
 def files_of_spokencoco(n_images=4, captions=(5, 6), karpathy=True, images=""):
-    "{name: bytes}: pictures have 5 or 6 captions in turn; Karpathy's train holds one picture of the other part, his `restval`."
+    """{name: bytes}: pictures have 5 or 6 captions in turn; Karpathy's train holds one picture of
+    the other part, his `restval`.
+    """
     files, parts, described, number = {}, {"train": [], "val": []}, [], 0
     for split, size in split_sizes(n_images).items():
         for place in range(size):
@@ -131,8 +139,16 @@ def files_of_spokencoco(n_images=4, captions=(5, 6), karpathy=True, images=""):
                     }
                 )
             parts[part].append({"image": name, "captions": spoken})
-            described.append({"filename": name.split("/")[1], "filepath": f"{part}2014", "cocoid": 391_000 + number, "imgid": number,
-                              "split": "restval" if split == "train" and part == "val" else split, "sentences": []})  # fmt: skip
+            described.append(
+                {
+                    "filename": name.split("/")[1],
+                    "filepath": f"{part}2014",
+                    "cocoid": 391_000 + number,
+                    "imgid": number,
+                    "split": "restval" if split == "train" and part == "val" else split,
+                    "sentences": [],
+                }
+            )
             number += 1
     for part, data in parts.items():
         files[f"SpokenCOCO/SpokenCOCO_{part}.json"] = json.dumps({"data": data[::-1]}).encode()
@@ -142,7 +158,9 @@ def files_of_spokencoco(n_images=4, captions=(5, 6), karpathy=True, images=""):
 
 
 def spokencoco(folder, n_images=4, captions=(5, 6), karpathy=True, images="", zip=False):
-    "A miniature of SpokenCOCO; images says where train2014/ and val2014/ lie, for example 'mscoco_img/'."
+    """A miniature of SpokenCOCO; images says where train2014/ and val2014/ lie, for example
+    'mscoco_img/'.
+    """
     return write_files(folder, files_of_spokencoco(n_images, captions, karpathy, images), zip)
 
 
@@ -152,7 +170,9 @@ YEAR_2020 = ("train_2020", "dev_seen_2020", "dev_unseen_2020", "test_seen_2020",
 
 
 def files_of_places(n_images=4, lists=("train", "val"), images="Places205/", tables=False):
-    "{name: bytes}: one caption per picture. lists are the JSON files in metadata/; with tables, text and speaker stand there instead."
+    """{name: bytes}: one caption per picture. lists are the JSON files in metadata/; with tables,
+    text and speaker stand there instead.
+    """
     files, number, top = {}, 0, "PlacesAudio_400k_distro/"
     rows_of = {}
     for name in lists:
@@ -198,7 +218,9 @@ def files_of_places(n_images=4, lists=("train", "val"), images="Places205/", tab
 def places(
     folder, n_images=4, lists=("train", "val"), images="Places205/", tables=False, zip=False
 ):
-    "A miniature of Places Audio: lists=('train', 'val') for the 400k release, YEAR_2020 for the splits of 2020."
+    """A miniature of Places Audio: lists=('train', 'val') for the 400k release, YEAR_2020 for the
+    splits of 2020.
+    """
     return write_files(folder, files_of_places(n_images, lists, images, tables), zip)
 
 
@@ -215,8 +237,17 @@ def files_of_speech_coco(n_images=4, captions=5, images="", top=""):
                 voice = ("Paul", "Elizabeth", "Judith", "Bronwen", "Phil", "Bruce")[n]
                 name = f"{500 + number}_{100 * number + n}_{voice}_None_1-0"
                 files[f"{top}{part}2014/wav/{name}.wav"] = sound(number, n)
-                content = {"duration": 0.5, "speaker": voice, "synthesisedCaption": f"{text(number)} {n}", "timecode": [[0, "WORD", "a"]], "speed": 1.0,
-                           "wavFilename": f"{name}.wav", "captionID": 100 * number + n, "imgID": 500 + number, "disfluency": ["", "None"]}  # fmt: skip
+                content = {
+                    "duration": 0.5,
+                    "speaker": voice,
+                    "synthesisedCaption": f"{text(number)} {n}",
+                    "timecode": [[0, "WORD", "a"]],
+                    "speed": 1.0,
+                    "wavFilename": f"{name}.wav",
+                    "captionID": 100 * number + n,
+                    "imgID": 500 + number,
+                    "disfluency": ["", "None"],
+                }
                 files[f"{top}{part}2014/json/{name}.json"] = json.dumps(content).encode()
             number += 1
     return files

@@ -1,8 +1,9 @@
-"""Miniature corpora for the tests: coloured shapes, and tones whose sound says what the picture shows.
+"""Miniature corpora for the tests: coloured shapes, and tones whose sound says what the picture
+shows.
 
-Every noun is a shape in a colour. A caption says the nouns from left to right, one tone pattern per noun, so that a tiny
-model can learn to hear what is seen and in which order. Pictures come in pairs of siblings: the same two nouns with
-their places swapped.
+Every noun is a shape in a colour. A caption says the nouns from left to right, one tone pattern per
+noun, so that a tiny model can learn to hear what is seen and in which order. Pictures come in pairs
+of siblings: the same two nouns with their places swapped.
 """
 
 import io
@@ -44,7 +45,9 @@ def draw(nouns, size=96, seed=0):
 
 
 def speak(nouns, voice=0, seed=0):
-    "A (n,) float32 wave at 16 kHz: per noun a low tone for the shape, then a high tone for the colour."
+    """A (n,) float32 wave at 16 kHz: per noun a low tone for the shape, then a high tone for the
+    colour.
+    """
     rng = np.random.default_rng(seed)
     parts = []
     for noun in nouns:
@@ -140,7 +143,9 @@ def make_files(n_images=12, captions=2, splits=("train", "val", "test"), seed=0)
 
 
 def write_files(folder, files, zip=False):
-    "Write {name: bytes} to a folder, or to folder.zip (stored, in place readable); returns the path."
+    """Write {name: bytes} to a folder, or to folder.zip (stored, in place readable); returns the
+    path.
+    """
     folder = Path(folder)
     if zip:
         path = folder.with_suffix(".zip")
@@ -158,5 +163,7 @@ def write_files(folder, files, zip=False):
 def make_corpus(
     folder, n_images=12, captions=2, splits=("train", "val", "test"), zip=False, seed=0
 ):
-    "Make a miniature corpus in the common layout; returns the folder, or the archive with zip=True."
+    """Make a miniature corpus in the common layout; returns the folder, or the archive with
+    zip=True.
+    """
     return write_files(folder, make_files(n_images, captions, splits, seed), zip)

@@ -1,6 +1,7 @@
-"""As people use it: JupyterLab in a real browser, sliders moved, buttons clicked, a recording made with a microphone that is a file.
+"""As people use it: JupyterLab in a browser, sliders moved, a recording made with a microphone.
 
-Needs chromium (`.ci/run` installs it). Screenshots are kept in .cache/screenshots; look at them after a change.
+The microphone is a file. Needs chromium (`.ci/run` installs it). Screenshots are kept in
+.cache/screenshots; look at them after a change.
 """
 
 import json
@@ -24,6 +25,11 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 MINUTES = 60_000  # milliseconds
+# in the page
+NOTEBOOK = "window.jupyterapp?.shell.currentWidget"
+KERNEL = f"{NOTEBOOK}?.sessionContext?.session?.kernel"
+CELLS = f"{NOTEBOOK}.content.model.toJSON().cells"
+TOLD = "document.querySelector('.speechimg-message').textContent"
 pytestmark = pytest.mark.slow
 
 
@@ -124,7 +130,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def run_all(lab, browser):
-    "A function: name of a notebook -> the page in which all of its cells have run without an error."
+    "A function: name of a notebook -> the page in which all its cells have run without an error."
     context = browser.new_context(
         viewport={"width": 1280, "height": 1400}, permissions=["microphone"]
     )
@@ -134,19 +140,10 @@ def run_all(lab, browser):
         page = context.new_page()
         page.goto(f"{lab}/lab/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTES)
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_function(
-            "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-        )
+        page.wait_for_function(f"() => {KERNEL}?.status === 'idle'")
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_function(
-            "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'",
-            timeout=6 * MINUTES,
-        )
-        cells = json.loads(
-            page.evaluate(
-                "() => JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.toJSON().cells)"
-            )
-        )
+        page.wait_for_function(f"() => {KERNEL}.status === 'idle'", timeout=6 * MINUTES)
+        cells = json.loads(page.evaluate(f"() => JSON.stringify({CELLS})"))
         code = [
             cell
             for cell in cells
@@ -188,7 +185,7 @@ def changed(page, explorer, before):
 
 
 def move(page, explorer, control, presses=3, key="ArrowRight"):
-    "Move a slider with the keyboard; its explorer's picture changes, and it says nothing in its line for problems."
+    "Move a slider with the keyboard: the picture changes, and the line for problems stays empty."
     before = picture_of(explorer)
     handle = explorer.locator(f".speechimg-{control} .noUi-handle").first
     handle.scroll_into_view_if_needed()
@@ -213,23 +210,15 @@ def test_the_queue_fills_up(run_all):
     keep(page, "07_queue")
 
 
-def test_soft_targets(run_all):
-    page = run_all("10_distillation")
-    explorer = explorers(page, "alpha").first
-    move(page, explorer, "alpha")
-    move(page, explorer, "noise")
-    keep(page, "10_distillation")
-
-
 def test_the_explorers_of_their_chapter(run_all):
     page = run_all("research/explore")
-    for control in ("window_ms", "temperature", "momentum", "alpha"):
+    for control in ("window_ms", "temperature", "momentum", "alpha", "noise"):
         move(page, explorers(page, control).first, control)
-    keep(page, "research/explore")
+    keep(page, "explore")
 
 
 def test_speak_and_find(run_all):
-    "Record, see both rankings, click a picture to hear its captions; an upload that is no sound is refused in words."
+    "Record, see both rankings, click a picture to hear its captions; no sound: told in words."
     page = run_all("15_studio")
     page.wait_for_selector(".speechimg-record")
     studio = page.locator(".speechimg-studio").first
@@ -249,7 +238,5 @@ def test_speak_and_find(run_all):
     studio.locator(".speechimg-file").set_input_files(
         {"name": "letter.docx", "mimeType": "application/msword", "buffer": b"PK no sound"}
     )
-    page.wait_for_function(
-        "() => document.querySelector('.speechimg-message').textContent.includes('letter.docx')"
-    )
+    page.wait_for_function(f"() => {TOLD}.includes('letter.docx')")
     assert studio.locator(".speechimg-hit").count() == 0

@@ -120,7 +120,9 @@ def test_pictures_of_one_meaning_share_an_id_and_are_never_negatives(place):
 
 
 def check_pairing(pair):
-    "pair(corpus) -> picture of each caption, right for a corpus with no, one, two or six captions a picture (pitfall 30)."
+    """pair(corpus) -> picture of each caption, right for a corpus with no, one, two or six captions
+    a picture (pitfall 30).
+    """
     with tempfile.TemporaryDirectory() as folder:
         data = json.loads(FILES["test.json"])["data"]
         sizes, number = [6, 0, 1, 5, 2, 5, 6, 3], 0
@@ -282,10 +284,10 @@ def test_threads_read_one_archive(tmp_path):
 
 def test_a_child_opens_the_archive_for_itself(tmp_path, monkeypatch):
     store = Store(make_corpus(tmp_path / "mini", 8, zip=True))
-    handle = store.open()["test.json"][0]
-    assert store.open()["test.json"][0] is handle
+    handle = store.files.open()["test.json"][0]
+    assert store.files.open()["test.json"][0] is handle
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert store.open()["test.json"][0] is not handle
+    assert store.files.open()["test.json"][0] is not handle
     assert pickle.loads(pickle.dumps(store)).read("test.json") == store.read("test.json")
 
 

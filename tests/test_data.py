@@ -236,7 +236,9 @@ def test_a_clip_shorter_than_a_frame(corpus, tmp_path):
 
 
 def test_what_does_not_fit_into_memory_is_read_again(corpus, features):
-    "Whatever the limit: the same lengths, the same batches. The mutants: a file that went away, and one that was damaged, are named."
+    """Whatever the limit: the same lengths, the same batches. The mutants: a file that went away,
+    and one that was damaged, are named.
+    """
     half = (
         sum(image.nbytes for image in features.image)
         + sum(frames.nbytes for frames in features.speech) // 2
@@ -686,7 +688,9 @@ def test_the_check_notices_wrong_epochs(wrong):
 
 
 def many(n=13_000, seed=0):
-    "Two captions an image, 60 % of the images in groups of four siblings, lengths alike within a group."
+    """Two captions an image, 60 % of the images in groups of four siblings, lengths alike within a
+    group.
+    """
     rng = np.random.default_rng(seed)
     image = np.arange(n) // 2
     lengths = (rng.gamma(9, 3, n)[image // 4] * rng.uniform(0.9, 1.1, n)).astype(int) + 5
@@ -746,11 +750,12 @@ def test_siblings_are_as_many_as_there_are():
 
 def test_buckets_save_padding_and_still_vary():
     corpus = many()
-    padding = lambda batches: (
-        1
-        - sum(corpus.lengths[batch].sum() for batch in batches)
-        / sum(corpus.lengths[batch].max() * len(batch) for batch in batches)
-    )  # noqa: E731
+
+    def padding(batches):
+        return 1 - sum(corpus.lengths[batch].sum() for batch in batches) / sum(
+            corpus.lengths[batch].max() * len(batch) for batch in batches
+        )
+
     first, second, *others = (
         epoch_batches(corpus, 64, generator(seed), siblings=0.5) for seed in range(5)
     )
@@ -800,7 +805,9 @@ def a_batch(seed=0, pixels=False, B=5, T=40):
 
 
 def check_augment(make, seed=0, pixels=False):
-    "Lengths within a tenth, padding without influence and zero, values within what was there, repeatable, and different."
+    """Lengths within a tenth, padding without influence and zero, values within what was there,
+    repeatable, and different.
+    """
     batch = a_batch(seed, pixels)
     changed = make(batch, generator(seed))
     again = make(batch, generator(seed))
@@ -989,7 +996,9 @@ def test_miniature_files_are_what_they_seem():
 
 @given(st.lists(st.integers(), max_size=9), st.integers(0, 9))
 def test_one_ahead_changes_nothing(items, broken):
-    "The same items in the same order; what fetching one of them raises comes after those before it."
+    """The same items in the same order; what fetching one of them raises comes after those before
+    it.
+    """
     from speechimg.data import one_ahead
 
     def source():
@@ -1028,6 +1037,10 @@ def test_one_ahead_fetches_while_the_last_one_is_used():
 
 def test_a_loop_that_is_left_early_ends():
     "An interrupted training must not hang at its end, waiting for a batch that nobody wants."
-    code = "from speechimg.data import one_ahead\nfor item in one_ahead(iter(range(10**9))):\n    if item == 5: raise KeyboardInterrupt"
+    code = (
+        "from speechimg.data import one_ahead\n"
+        "for item in one_ahead(iter(range(10**9))):\n"
+        "    if item == 5: raise KeyboardInterrupt"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "KeyboardInterrupt" in done.stderr

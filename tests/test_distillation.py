@@ -19,7 +19,7 @@ def caught(check, mutant):
         check(mutant)
 
 
-# ---- the ramp -------------------------------------------------------------------------------------------------------
+# ---- the ramp ----
 
 
 def check_ramp(ramp):
@@ -67,7 +67,7 @@ def test_impossible_ramps_are_refused(arguments):
         alpha_ramp(*arguments)
 
 
-# ---- the targets ----------------------------------------------------------------------------------------------------
+# ---- the targets ----
 
 
 def loop_targets(logits, targets, alpha):
@@ -207,7 +207,7 @@ def test_off_equals_plain_contrastive_learning():
 
 
 def test_a_student_that_agrees_with_its_teacher_feels_only_the_labels():
-    "dL/dz = (softmax(z) - q)/(2B): with softmax(z) equal to the teacher's, (1 - alpha)(softmax(z) - y)/(2B) is left."
+    "softmax(z) - q, with softmax(z) equal to the teacher's: (1 - alpha)(softmax(z) - y) is left."
     z = torch.randn(3, 5)
     q = soft_targets(z, torch.eye(3, 5), 0.4)
     assert_close(z.softmax(1) - q, 0.6 * (z.softmax(1) - torch.eye(3, 5)))

@@ -25,7 +25,8 @@ from speechimg import speech
 from speechimg.core import Config, InputError
 from speechimg.image import ImageTower, Pixels, square
 
-# ------------------------------------------------------------------------------------------------ square
+# ------------------------------------------------------------------------------------------------
+# square
 
 
 def cropped(picture, size):
@@ -51,7 +52,9 @@ def blackened(picture, size):
 
 
 def check_square(way):
-    "Four coloured corner spots of wide, tall and square pictures: all there, in their corners, as wide as high, on white."
+    """Four coloured corner spots of wide, tall and square pictures: all there, in their corners, as
+    wide as high, on white.
+    """
     for width, height in ((200, 100), (100, 200), (160, 160)):
         picture = Image.new("RGB", (width, height), "gray")
         draw, spot = ImageDraw.Draw(picture), 20
@@ -124,7 +127,8 @@ def test_pixels_travel():
     assert pickle.loads(pickle.dumps(Pixels(64))).params == Pixels(64).params != Pixels(96).params
 
 
-# ------------------------------------------------------------------------------------------------ the tower
+# ------------------------------------------------------------------------------------------------
+# the tower
 
 
 def check_grid(patches_of):

@@ -441,23 +441,18 @@ def test_more_than_the_memory_of_one_round_keeps_its_order(miniature):
     waves = [corpus.load_wave(place) for place in range(len(corpus.captions))]
     one_by_one = np.concatenate([model.embed_speech([wave], progress=False) for wave in waves])
     assert np.abs(model.embed_speech(waves, 1, progress=False) - one_by_one).max() < 1e-5
-    source = inspect.getsource(model_room.embed_all)
-    mutant = source.replace(
-        "[start + row for row in rows]", "[start + order.index(row) for row in rows]"
-    )
+    source = inspect.getsource(model_room.embed_recordings)
+    mutant = source.replace("vectors[rows]", "vectors[[order.index(row) for row in rows]]")
     assert mutant != source
     space = dict(vars(model_room))
     exec(mutant, space)
     frames = [model.speech_tower.front_end(wave) for wave in waves]
-    encode = lambda some: torch.stack([torch.as_tensor(one).float().mean(0)[:8] for one in some])
-    read = lambda one, name: one
     right, wrong = (
-        function(model, "recording", frames, read, encode, 4, False)
-        for function in (model_room.embed_all, space["embed_all"])
+        function(model, frames, 4, keep_tokens=False)[0].numpy()
+        for function in (model_room.embed_recordings, space["embed_recordings"])
     )
-    assert np.allclose(
-        right, [one.astype(np.float32).mean(0)[:8] for one in frames], atol=1e-4
-    ) and not np.allclose(right, wrong, atol=1e-3)
+    assert np.allclose(right, one_by_one, atol=1e-5)
+    assert not np.allclose(right, wrong, atol=1e-3)
 
 
 def test_every_format_is_read(tmp_path, miniature):

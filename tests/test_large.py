@@ -1,4 +1,5 @@
-"""The paper's towers: HuBERT (hubert, 05a) and BLIP-2 (large, 05b), as tiny random networks of the very same classes.
+"""The paper's towers: HuBERT (hubert, 05a) and BLIP-2 (large, 05b), as tiny random networks of the
+very same classes.
 
 For each trap there is the mistake put back, which the check must catch.
 """
@@ -679,7 +680,10 @@ def test_bfloat16_is_finite_and_close(kind, values):
 
 def test_rates_fall_from_the_top():
     factors = rate_factors(tower(finetune="speech"), 0.5)
-    layer = lambda n: {v for k, v in factors.items() if f"transformer.layers.{n}." in k}
+
+    def layer(n):
+        return {v for k, v in factors.items() if f"transformer.layers.{n}." in k}
+
     assert (layer(2), layer(1), layer(0)) == ({1.0}, {0.5}, {0.25})
     assert (
         {v for k, v in factors.items() if "feature_projection" in k or "pos_conv" in k}
@@ -773,7 +777,9 @@ def test_hubert_weights_arrive(hub, name, mode):
 def test_a_fine_tuned_model_is_loaded_without_fetching_what_it_holds(
     hub, tmp_path, monkeypatch, finetune
 ):
-    "The saved file brings the networks that learnt; a frozen one is in no file of ours, and asked for only when it is needed."
+    """The saved file brings the networks that learnt; a frozen one is in no file of ours, and asked
+    for only when it is needed.
+    """
     from speechimg.model import SpeechImageModel
 
     torch.save(network("group_norm").state_dict(), hub / torchaudio.pipelines.HUBERT_BASE._path)
@@ -1091,7 +1097,9 @@ def made_pairs(model, count=4):
 
 
 def test_the_optimiser_gives_each_layer_its_rate():
-    "layer_decay 0.5: every learning parameter in one group, with the factor of its layer; each step multiplies the rate of that moment by it."
+    """layer_decay 0.5: every learning parameter in one group, with the factor of its layer; each
+    step multiplies the rate of that moment by it.
+    """
     from speechimg.alignment import Alignment
     from speechimg.model import SpeechImageModel
     from speechimg.train import learning_rate, make_optimizer, train_step
@@ -1115,7 +1123,10 @@ def test_the_optimiser_gives_each_layer_its_rate():
         == sum(len(group["params"]) for group in optimizer.param_groups)
         == len(parameters)
     )
-    factor = lambda name: group_of[id(parameters[name])]["factor"]
+
+    def factor(name):
+        return group_of[id(parameters[name])]["factor"]
+
     speech, image = (
         "encoders.speech_tower.backbone.encoder.transformer.layers.{}.feed_forward.output_dense.weight",
         "encoders.image_tower.backbone.vision.encoder.layers.{}.mlp.fc1.weight",
@@ -1171,7 +1182,9 @@ train(config, corpus, out, progress=False)
 
 @pytest.mark.slow
 def test_everything_at_once_by_two_processes(tmp_path):
-    "Tiny HuBERT and BLIP-2 that learn, checkpointing, bfloat16, Q-Former, micro-batches, layer decay: trained by two processes, saved, loaded, evaluated; and nobody talks."
+    """Tiny HuBERT and BLIP-2 that learn, checkpointing, bfloat16, Q-Former, micro-batches, layer
+    decay: trained by two processes, saved, loaded, evaluated; and nobody talks.
+    """
     from speechimg.corpora import load_corpus
     from speechimg.retrieval import evaluate, load_features, load_model
     from speechimg.run.checkpoints import latest_checkpoint

@@ -1,10 +1,12 @@
-"layouts: four known corpora, read as they lie on their users' disks, with the defects that they are known for."
+"""layouts: four known corpora, read as they lie on their users' disks, with the defects that they
+are known for.
+"""
 
 import json
 import os
 import pickle
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import PurePosixPath
 
 import layout_folders
@@ -13,10 +15,11 @@ import torch
 from miniature import make_corpus, wav_bytes, write_files
 from test_core import complaint
 
+from speechimg import corpora
 from speechimg.core import Config, InputError
 from speechimg.corpora import check_corpus, corpus_table, find, load_corpus, splits
 from speechimg.files import layouts
-from speechimg.files.layouts import detect
+from speechimg.files.layouts import recognise
 from speechimg.files.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*restore what is missing")
@@ -51,7 +54,9 @@ def number_of(path):
 
 
 def known_defects(problems):
-    "The lines of check_corpus that a miniature is meant to have: its size, and the one wrong header of Flickr8k."
+    """The lines of check_corpus that a miniature is meant to have: its size, and the one wrong
+    header of Flickr8k.
+    """
     return [
         line
         for line in problems
@@ -67,7 +72,7 @@ def known_defects(problems):
 def test_a_layout_is_a_corpus_like_any_other(tmp_path, name, packed):
     path = write_files(tmp_path / "mini", FILES[name], packed)
     before = sorted(child.name for child in tmp_path.rglob("*"))
-    assert detect(find(path)) == name.split()[0] and splits(find(path)) == SPLITS[name]
+    assert recognise(find(path)).name == name.split()[0] and splits(find(path)) == SPLITS[name]
     for split in SPLITS[name]:
         corpus = load_corpus(path, split)
         assert len(corpus.pictures) > 0 and corpus.skipped == [] and corpus.split == split
@@ -134,7 +139,7 @@ def test_the_fingerprint_of_our_own_layout_is_that_of_its_manifest(tmp_path):
 def test_our_own_layout_comes_first(tmp_path):
     path = write_files(tmp_path / "both", FILES["flickr8k"])
     make_corpus(path, 4)
-    assert detect(Store(path)) is None and splits(Store(path)) == ["test", "train", "val"]
+    assert recognise(Store(path)).name == "own" and splits(Store(path)) == ["test", "train", "val"]
 
 
 def test_splits_have_aliases(tmp_path):
@@ -194,14 +199,13 @@ def test_counts_are_asserted(tmp_path, name, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_corpus(path, "val", complete=False).incomplete == corpus.incomplete
-        read, sizes = layouts.READERS[name.split()[0]], (len(corpus.pictures), len(corpus.captions))
+        sizes = len(corpus.pictures), len(corpus.captions)
 
-        def told(store, split):
-            found = read(store, split)
-            found.expected = sizes
-            return found
+        def recognised(store):
+            found = recognise(store)
+            return replace(found, read=lambda split: replace(found.read(split), expected=sizes))
 
-        monkeypatch.setitem(layouts.READERS, name.split()[0], told)
+        monkeypatch.setattr(corpora, "recognise", recognised)
         assert (
             load_corpus(path, "val", complete=True).incomplete is None
         )  # with the right numbers nothing is said
@@ -210,8 +214,8 @@ def test_counts_are_asserted(tmp_path, name, monkeypatch):
 def test_the_official_numbers(tmp_path):
     expected = {}
     for name, files in FILES.items():
-        store = Store(write_files(tmp_path / name, files))
-        expected[name] = [layouts.read_layout(store, split).expected for split in SPLITS[name]]
+        found = recognise(Store(write_files(tmp_path / name, files)))
+        expected[name] = [found.read(split).expected for split in SPLITS[name]]
     assert (
         expected["flickr8k"]
         == expected["flickr8k karpathy"]
@@ -282,10 +286,15 @@ def test_flickr_pictures_without_a_split_stay_out(tmp_path):
 
 
 def test_the_malformed_key(tmp_path):
-    "It is not the text of a picture by its side that has a proper line, and it is one where there is no other."
+    """It is not the text of a picture by its side that has a proper line, and it is one where there
+    is no other.
+    """
     name = "2258277193_586949ec62.jpg"
-    files = FILES["flickr8k"] | {f"Images/{name}": layout_folders.picture(0), "Flickr_8k.testImages.txt": f"{name}\n".encode(),
-                                 "flickr_audio/wavs/x_0.wav": layout_folders.sound(0, 0)}  # fmt: skip
+    files = FILES["flickr8k"] | {
+        f"Images/{name}": layout_folders.picture(0),
+        "Flickr_8k.testImages.txt": f"{name}\n".encode(),
+        "flickr_audio/wavs/x_0.wav": layout_folders.sound(0, 0),
+    }
     files["flickr_audio/wav2capt.txt"] = f"x_0.wav {name} #0\n".encode()
     assert (
         load_corpus(write_files(tmp_path / "one", files), "test").captions[0].text
@@ -306,7 +315,9 @@ def test_the_malformed_key(tmp_path):
 
 
 def test_the_wrong_header(tmp_path):
-    "A frame count that is too large hides nothing; a strict reading complains. This is what fix-up scripts exist for."
+    """A frame count that is too large hides nothing; a strict reading complains. This is what fix-
+    up scripts exist for.
+    """
     corpus = load_corpus(write_files(tmp_path / "mini", FILES["flickr8k"]), "train")
     wave = corpus.load_wave(0)
     assert "ends before its header says" in complaint(corpus.load_wave, 0, strict=True)
@@ -326,7 +337,9 @@ def test_the_wrong_header(tmp_path):
 
 
 def test_long_and_short_clips(tmp_path):
-    "Flickr8k spans 0.23 to 323.5 seconds: what is longer than max_seconds is cut, before it fills the memory."
+    """Flickr8k spans 0.23 to 323.5 seconds: what is longer than max_seconds is cut, before it fills
+    the memory.
+    """
     wav = next(name for name in FILES["flickr8k"] if name.endswith("_1.wav"))
     for seconds in (0.23, 40):
         path = write_files(
@@ -478,17 +491,15 @@ def test_karpathy_splits(tmp_path):
 
 @pytest.mark.parametrize("mutant", ["restval dropped", "train file only", "official"])
 def test_the_check_notices_wrong_splits(tmp_path, mutant, monkeypatch):
-    files, read = dict(FILES["spokencoco"]), layouts.parsed
+    files, read = dict(FILES["spokencoco"]), layouts.manifest
     if mutant == "restval dropped":
         files["dataset_coco.json"] = files["dataset_coco.json"].replace(b"restval", b"none")
     elif mutant == "train file only":
-        monkeypatch.setattr(
-            layouts,
-            "parsed",
-            lambda store, name: (
-                {"data": []} if name.endswith("SpokenCOCO_val.json") else read(store, name)
-            ),
-        )
+
+        def first_part(store, name):
+            return [] if name.endswith("SpokenCOCO_val.json") else read(store, name)
+
+        monkeypatch.setattr(layouts, "manifest", first_part)
     else:
         del files["dataset_coco.json"]
     with pytest.raises((AssertionError, InputError)):
@@ -846,7 +857,8 @@ PAIRS = {
     "scenes-small": 12_052,
 }  # about five for each picture of SpokenCOCO
 EPOCHS = {"flickr8k-base": 30, "flickr8k-large": 30, "spokencoco-large": 10}
-# How a run is carried out, which changes no formula of the method. `accumulate` does: each micro-batch finds its own negatives.
+# How a run is carried out, which changes no formula of the method. `accumulate` does: each micro-
+# batch finds its own negatives.
 ENGINEERING = {
     "cache_towers",
     "checkpointing",
@@ -909,8 +921,9 @@ def test_a_training_runs_on_a_layout(tmp_path, name, fresh_cache):
     from speechimg.train import train
 
     path = write_files(tmp_path / "mini", FILES[name])
-    settings = {"towers": "small", "width": 32, "dim": 16, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "heads": 2, "queue_size": 4, "batch_size": 2,
-                "warmup_steps": 1, "evaluate_every": 1, "checkpoint_every": 1}  # fmt: skip
+    settings = dict(towers="small", width=32, dim=16, heads=2, queue_size=4, batch_size=2)
+    settings |= dict(speech_depth=1, image_depth=1, fusion_depth=1)
+    settings |= dict(warmup_steps=1, evaluate_every=1, checkpoint_every=1)
     out = train(Config.from_dict(settings | {"steps": 2}), path, tmp_path / "run", progress=False)
     data = json.loads((out / "metrics.json").read_text())["data"]
     corpora = {split: load_corpus(path, split) for split in ("train", "val")}

@@ -26,7 +26,7 @@ def loop_probabilities(logits, ids, key_ids=None):
     return P
 
 
-# ---- wrong versions, as found in the wild ---------------------------------------------------------------------------
+# ---- wrong versions, as found in the wild ----
 
 
 def softmax_then_zero(logits, ids, key_ids=None):
@@ -77,7 +77,7 @@ def drawn_with(probabilities):
     return sample
 
 
-# ---- probabilities --------------------------------------------------------------------------------------------------
+# ---- probabilities ----
 
 
 def check_by_hand(probabilities):
@@ -212,11 +212,11 @@ def test_no_gradient():
     assert not negative_probabilities(logits, torch.arange(3)).requires_grad
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+# ---- draws ----
 
 
 def check_chi_square(sample):
-    "20,000 draws at the expected frequencies; 16.3 is exceeded by chance once in a thousand (3 degrees of freedom)."
+    "20,000 draws at the expected frequencies; 16.3 is exceeded by chance once in a thousand."
     z = torch.tensor([3.0, 1.0, 2.0, 0.0, -0.5]).expand(20_000, 5)
     picks = sample(
         z, torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0), torch.arange(5)
@@ -304,9 +304,10 @@ def test_draws_are_valid_different_and_as_many_as_there_are(ids, key_ids, count,
 
 
 def test_the_same_generator_gives_the_same_draws():
-    draw = lambda seed: sample_negatives(
-        torch.zeros(64, 64), torch.arange(64), torch.Generator().manual_seed(seed), count=3
-    )
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample_negatives(torch.zeros(64, 64), torch.arange(64), generator, count=3)
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 

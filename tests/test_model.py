@@ -9,74 +9,17 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from toys import LinearTower as ToyTower
+from toys import tiny_batch as batch_of
+from toys import tiny_step as make
 
 import speechimg.alignment as model_room
 import speechimg.model as towers_room
-from speechimg.alignment import Alignment, encode, gather
-from speechimg.attention import Encoded
+from speechimg.alignment import Alignment, encode
 from speechimg.core import Config, InputError
 from speechimg.data import Batch
 from speechimg.model import SpeechImageModel
 from speechimg.queue import make_teacher, update_momentum
-
-WIDTH = 4
-
-
-class ToyTower(nn.Module):
-    "A linear layer with dropout; [CLS] is the mean of the valid tokens."
-
-    width, front_end = WIDTH, None
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.linear, self.drop = nn.Linear(2, WIDTH), nn.Dropout(dropout)
-
-    def forward(self, features, lengths=None):
-        lengths = torch.full((len(features),), features.shape[1]) if lengths is None else lengths
-        mask = torch.arange(features.shape[1]) < lengths[:, None]
-        tokens = self.drop(self.linear(features)).masked_fill(~mask[..., None], 0)
-        mean = tokens.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
-        return Encoded(torch.cat([mean, tokens], 1), torch.cat([mask[:, :1], mask], 1))
-
-
-def make(kind=Alignment, dropout=0.0, **settings):
-    "A tiny Alignment in training mode whose teacher differs from its student."
-    defaults = {
-        "width": WIDTH,
-        "dim": 3,
-        "heads": 1,
-        "fusion_depth": 1,
-        "dropout": 0.0,
-        "queue_size": 6,
-        "queue_warmup_steps": 0,
-        "alpha_ramp_steps": 0,
-        "alpha": 0.4,
-        "temperature": 0.2,
-        "momentum": 0.9,
-        "batch_size": 4,
-    }
-    torch.manual_seed(0)
-    alignment = kind(
-        SpeechImageModel(Config(**defaults | settings), ToyTower(dropout), ToyTower(dropout)), 4, 4
-    )
-    with torch.no_grad():
-        for parameter in alignment.teacher.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return alignment.train()
-
-
-def batch_of(ids, seed=1, frames=5):
-    "Random pairs with these image ids; recordings of 2 to `frames` frames."
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, frames + 1, (len(ids),), generator=generator)
-    lengths[0] = frames
-    return Batch(
-        torch.randn(len(ids), frames, 2, generator=generator),
-        lengths,
-        torch.randn(len(ids), 3, 2, generator=generator),
-        torch.tensor(ids),
-        [f"u{i}" for i in range(len(ids))],
-    )
 
 
 def fill(alignment, ids=(7, 1, 8), seed=5):
@@ -109,68 +52,74 @@ def cross_entropy(logits, target):
     return -sum(q * (z - total) for q, z in zip(target, logits))
 
 
+def embeddings(side, head):
+    "[CLS] of each row through a projection, as unit vectors in float64."
+    rows = [head.weight.double() @ one[0].double() + head.bias.double() for one in side.tokens]
+    return [row / row.square().sum().sqrt() for row in rows]
+
+
+def read(encoders, batch):
+    "(Sides, speech vectors, image vectors) of a student or a teacher."
+    with torch.no_grad():
+        sides = encode(encoders, batch)
+    speech = embeddings(sides.speech, encoders.speech_projection)
+    return sides, speech, embeddings(sides.image, encoders.image_projection)
+
+
+def cosines(queries, keys, tau):
+    def dot(one, other):
+        return sum(x * y for x, y in zip(one.double().tolist(), other.double().tolist())) / tau
+
+    return [[dot(query, key) for key in keys] for query in queries]
+
+
 def oracle(alignment, batch, step):
     "(contrastive loss, matching loss) by loops, with `hardest` as the sampler of negatives."
-    config, model = alignment.config, alignment.model
-    with torch.no_grad():
-        (speech, image), (slow_speech, slow_image) = (
-            encode(model, batch),
-            encode(alignment.teacher, batch),
-        )
-    tau = min(max(model.temperature.item(), config.temperature_min), config.temperature_max)
-    rows = range(len(batch.ids))
-    dot = lambda a, b: sum(x * y for x, y in zip(a.double().tolist(), b.double().tolist())) / tau
-    unit = lambda vector: vector.double() / vector.double().square().sum().sqrt()
-    project = lambda side, head: [
-        unit(head.weight.double() @ tokens[0].double() + head.bias.double())
-        for tokens in side.tokens
-    ]
-    s, i = (
-        project(speech, model.encoders.speech_projection),
-        project(image, model.encoders.image_projection),
-    )
-    s_key, i_key = (
-        project(slow_speech, alignment.teacher.speech_projection),
-        project(slow_image, alignment.teacher.image_projection),
-    )
-    old = [
-        slot
-        for slot in range(alignment.queue.size)
-        if alignment.queue.ids[slot] >= 0 and step >= config.queue_warmup_steps
-    ]
-    s_keys, i_keys = (
-        s_key + [alignment.queue.speech[slot] for slot in old],
-        i_key + [alignment.queue.image[slot] for slot in old],
-    )
+    config, queue = alignment.config, alignment.queue
+    tau = alignment.model.temperature.item()
+    tau = min(max(tau, config.temperature_min), config.temperature_max)
+    sides, *fast = read(alignment.model.encoders, batch)  # speech, image
+    _, *slow = read(alignment.teacher, batch)
+    old = [slot for slot in range(queue.size) if queue.ids[slot] >= 0]
+    old = old if step >= config.queue_warmup_steps else []
+    keys = slow[1] + [queue.image[slot] for slot in old], slow[0] + [queue.speech[s] for s in old]
     ids = batch.ids.tolist()
-    key_ids = ids + [int(alignment.queue.ids[slot]) for slot in old]
-    alpha = config.alpha * (
-        min(1, step / config.alpha_ramp_steps) if config.alpha_ramp_steps else 1
-    )
-    losses, logits = [], []
-    for queries, slow, keys in ((s, s_key, i_keys), (i, i_key, s_keys)):
-        logits.append([[dot(queries[b], key) for key in keys] for b in rows])
-        for b in rows:
-            hits = [float(other == ids[b]) for other in key_ids]
-            teacher = [math.exp(dot(slow[b], key)) for key in keys]
-            target = [
-                alpha * t / sum(teacher) + (1 - alpha) * hit / sum(hits)
-                for t, hit in zip(teacher, hits)
-            ]
-            losses.append(cross_entropy(logits[-1][b], target) / (2 * len(ids)))
-    judged = []
-    for b in rows:
-        judge = lambda spoken, seen: model.match(
-            speech.tokens[spoken, None], speech.mask[spoken, None], image.tokens[seen, None]
-        )[0].tolist()
-        wrong = [c for c in rows if ids[c] != ids[b]]
-        judged.append((judge(b, b), 1))
+    key_ids = ids + [int(queue.ids[slot]) for slot in old]
+    ramp = min(1, step / config.alpha_ramp_steps) if config.alpha_ramp_steps else 1
+    logits = [cosines(*both, tau) for both in zip(fast, keys)]
+    opinions = [cosines(*both, tau) for both in zip(slow, keys)]
+    losses = [contrast(*both, ids, key_ids, config.alpha * ramp) for both in zip(logits, opinions)]
+    return sum(losses) / 2, matching(alignment.model, sides, logits, ids)
+
+
+def contrast(logits, opinions, ids, key_ids, alpha):
+    "Mean cross-entropy of one direction, with soft targets."
+    losses = []
+    for row, opinion, own in zip(logits, opinions, ids):
+        hits = [float(other == own) for other in key_ids]
+        teacher = [math.exp(z) for z in opinion]
+        believed = [t / sum(teacher) for t in teacher]
+        target = [alpha * t + (1 - alpha) * hit / sum(hits) for t, hit in zip(believed, hits)]
+        losses.append(cross_entropy(row, target))
+    return sum(losses) / len(losses)
+
+
+def matching(model, sides, logits, ids):
+    "Mean cross-entropy of right pairs and of the best-scored wrong ones, judged one by one."
+
+    def judge(spoken, seen, label):
+        speech = sides.speech.tokens[spoken, None], sides.speech.mask[spoken, None]
+        verdict = model.match(*speech, sides.image.tokens[seen, None])[0].tolist()
+        return cross_entropy(verdict, [1 - label, label])
+
+    losses = []
+    for b in range(len(ids)):
+        wrong = [c for c in range(len(ids)) if ids[c] != ids[b]]
+        losses.append(judge(b, b, 1))
         if wrong:
-            judged.append((judge(b, max(wrong, key=lambda c: logits[0][b][c])), 0))
-            judged.append((judge(max(wrong, key=lambda c: logits[1][b][c]), b), 0))
-    return sum(losses), sum(cross_entropy(z, [1 - label, label]) for z, label in judged) / len(
-        judged
-    )
+            losses.append(judge(b, max(wrong, key=lambda c: logits[0][b][c]), 0))
+            losses.append(judge(max(wrong, key=lambda c: logits[1][b][c]), b, 0))
+    return sum(losses) / len(losses)
 
 
 def check_step(kind=Alignment):
@@ -245,9 +194,8 @@ def patched(name, wrong):
 
 
 def online_keys(right, encoders, batch):
-    online_keys.student = (
-        encoders if isinstance(encoders, SpeechImageModel) else online_keys.student
-    )
+    if next(encoders.parameters()).requires_grad:  # a teacher's never do
+        online_keys.student = encoders
     return right(online_keys.student, batch)
 
 
@@ -284,11 +232,15 @@ def own_negatives(right, logits, ids, *options):
     return right(logits, torch.arange(len(ids)), None, torch.arange(len(ids)))
 
 
-def masks_of_anchors(right, parts):
-    parts = list(parts)
-    return right(
-        [(parts[0][0], rows) for _, rows in parts] if parts[0][0].dtype == torch.bool else parts
-    )
+def wrong_rows(right, own, pictures, recordings):
+    "Wrong recordings that are the anchors themselves."
+    (speech, image), sizes = right(own, pictures, recordings)
+    return (torch.cat([speech[: sum(sizes[:2])], image[sum(sizes[:2]) :]]), image), sizes
+
+
+def right_last(right, logits, sizes, *weight):
+    "Labels for another order than that of the rows."
+    return right(logits, sizes[::-1], *weight)
 
 
 @pytest.mark.parametrize("kind", [EnqueueFirst, EmptySlotsCount, NoWarmUp])
@@ -309,6 +261,8 @@ def test_check_step_finds_wrong_order(kind, monkeypatch):
         ("project", not_normalised),
         ("soft_targets", teacher_as_student),
         ("sample_negatives", own_negatives),
+        ("meetings", wrong_rows),
+        ("judged", right_last),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -335,7 +289,7 @@ def test_order_moves_the_loss():
 
 
 def check_updates(kind=Alignment):
-    "forward moves nothing, in training or not; update moves teacher and queue once; four micro-batches count as one step."
+    "forward moves nothing; update moves teacher and queue once, however many micro-batches."
     alignment, before = make(kind), None
     before = state(alignment)
     outputs = [alignment(batch_of([1, 2], seed), 5) for seed in range(4)]
@@ -394,7 +348,7 @@ def test_check_updates_finds(kind):
 
 
 def test_order_of_updates_equals_the_papers_recipe():
-    "EMA and enqueue after the optimiser step give what EMA before and enqueue after the teacher's forward pass give."
+    "Teacher and queue move after the optimiser; moved inside the step they give the same."
     ours, theirs = make(sim_weight=0.0), make(sim_weight=0.0)
     for alignment in (ours, theirs):
         alignment.teacher = make_teacher(alignment.model.encoders)
@@ -531,10 +485,17 @@ def test_garbage_behind_the_valid_length_changes_nothing():
 def test_negatives_bring_their_own_mask(monkeypatch):
     "Pitfall 24: a wrong recording with the anchor's mask is another recording."
     monkeypatch.setattr(model_room, "sample_negatives", hardest)
-    with patched("gather", masks_of_anchors):
-        output = make()(batch_of([1, 2, 3, 4]), 1)
-    check_step()
-    assert output.sim_logits.shape == (12, 2)
+    match = SpeechImageModel.match
+
+    def masks_of_anchors(model, tokens, mask, image, pairs=None):
+        if pairs is None:  # the oracle, pair by pair
+            return match(model, tokens, mask, image)
+        spoken, seen = pairs
+        return match(model, tokens[spoken], mask[seen], image[seen])
+
+    monkeypatch.setattr(SpeechImageModel, "match", masks_of_anchors)
+    with pytest.raises(AssertionError):
+        check_step()
 
 
 def test_bfloat16_is_close_and_losses_stay_float32():
@@ -573,7 +534,7 @@ def test_matching_starts_when_told():
     ],
 )
 def test_rows_of_the_fused_call(ids, count, rows):
-    "B right pairs and, per direction, as many wrong ones as there are: never the same image, never twice the same."
+    "B right pairs and, per direction, as many wrong ones as there are, all different."
     output = make(negatives_per_anchor=count)(batch_of(ids), 1, torch.Generator().manual_seed(0))
     assert output.sim_logits.shape == (rows, 2) and output.loss.isfinite()
 
@@ -588,83 +549,16 @@ def test_always_no_costs_the_entropy_of_a_third():
     assert abs(output.sim.item() - 0.6365) < 1e-4 and abs(output.sim_accuracy - 2 / 3) < 1e-6
 
 
-def test_negatives_from_the_queue():
-    "Teacher tokens in half precision, once there are some and the warm-up is over; else the batch. All of it differentiable."
-    alignment = make(negatives="queue", token_slots=3, queue_warmup_steps=2)
-    drawn = []
-
-    def spy(right, logits, ids, generator, key_ids, *options):
-        drawn.append(key_ids.tolist())
-        return right(logits, ids, generator, key_ids, *options)
-
-    with patched("sample_negatives", spy):
-        for step, (ids, pairs) in enumerate(
-            (([1, 2, 3, 4], 12), ([5, 6, 7, 8], 12), ([6, 9, 10, 11], 16))
-        ):  # from the queue: 2 x 4 right, 2 x 4 wrong
-            output = alignment(
-                batch_of(ids, seed=step, frames=3 + step), step, torch.Generator().manual_seed(0)
-            )
-            assert output.sim_logits.shape == (pairs, 2) and output.loss.isfinite()
-            output.loss.backward()
-            alignment.update(output)
-    assert [sorted(ids) for ids in drawn[::2]] == [[1, 2, 3, 4], [5, 6, 7, 8], [6, 7, 8]]
-    assert alignment.queue.tokens()["speech_tokens"].dtype == torch.float16
-
-
-def test_whose_tokens_they_are_does_not_give_the_answer_away():
-    "With negatives from the queue each pair, right or wrong, has one side of the student's and one of the teacher's, equally often either way round."
-    alignment, seen = make(negatives="queue", token_slots=4, queue_size=6), []
-    alignment.update(alignment(batch_of([1, 2, 3, 4], seed=1), 0))
-    for parameter in alignment.teacher.parameters():
-        parameter.add_(0.5)  # so that one can tell whose tokens they are
-    match = alignment.model.match
-    alignment.model.match = lambda speech, mask, image, pairs: (
-        seen.append((speech[pairs[0]], image[pairs[1]])) or match(speech, mask, image, pairs)
-    )
-    batch = batch_of([6, 7, 8], seed=2)
-    output = alignment(batch, 1, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        student = encode(alignment.model, batch)
-    spoken, shown = seen[0]
-    is_of = lambda tokens, one: torch.tensor(
-        [any(torch.equal(row[: len(other)], other) for other in one) for row in tokens]
-    )
-    online = is_of(spoken, student[0].tokens), is_of(shown, student[1].tokens)
-    assert (online[0] != online[1]).all() and output.sim_logits.shape == (12, 2)
-    assert (
-        online[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
-    )  # right, right, wrong picture, wrong recording
-    confident = torch.tensor([[0.0, 1.0]] * 6 + [[1.0, 0.0]] * 6)
-    alignment.model.match = lambda *_: confident
-    judged = alignment(batch, 1, torch.Generator().manual_seed(0))
-    assert judged.sim_accuracy == 1 and abs(judged.sim.item() - math.log(1 + math.exp(-1))) < 1e-6
-
-
-def test_gather_pads_and_converts():
-    short, long = torch.ones(2, 2, 3), torch.ones(1, 4, 3, dtype=torch.float16)
-    rows = gather([(short, torch.tensor([1])), (long, torch.tensor([0, 0]))])
-    assert (
-        rows.shape == (3, 4, 3)
-        and rows.dtype == torch.float32
-        and rows[0, 2:].eq(0).all()
-        and rows[1:].eq(1).all()
-    )
-    mask = gather(
-        [
-            (torch.ones(2, 2, dtype=torch.bool), torch.tensor([0])),
-            (torch.ones(1, 4, dtype=torch.bool), torch.tensor([0])),
-        ]
-    )
-    assert mask.tolist() == [[True, True, False, False], [True] * 4]
-
-
 def test_student_keys_at_first():
-    "Before student_steps the keys are the student's own, with gradient, hard targets and no teacher; afterwards alpha starts at 0."
+    """Before student_steps the keys are the student's own, with gradient, and nothing is softened.
+
+    Afterwards alpha starts at 0.
+    """
     alignment = make(student_steps=2, alpha_ramp_steps=4, sim_weight=0.0)
     batch = batch_of([1, 2, 3])
     early, late = alignment(batch, 1), alignment(batch, 2)
     with torch.no_grad():
-        speech, image = encode(alignment.model, batch)
+        speech, image = encode(alignment.model.encoders, batch)
     torch.testing.assert_close(early.speech_to_image, speech.embedding @ image.embedding.T / 0.2)
     assert early.alpha == late.alpha == 0 and alignment(batch, 4).alpha == 0.2
     assert not early.keys.speech.requires_grad and not torch.equal(
@@ -689,7 +583,7 @@ def test_empty_queue_and_bad_ids():
 
 
 def test_a_new_stage_starts_with_an_empty_queue(tmp_path):
-    "Pitfall 9: what is saved for use holds no queue and no teacher, so a second stage cannot inherit them."
+    "Pitfall 9: what is saved holds no queue and no teacher; no second stage can inherit them."
     first = make()
     first.update(first(batch_of([1, 2, 3]), 1))
     first.model.save_pretrained(tmp_path)

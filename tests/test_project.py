@@ -1,4 +1,4 @@
-"""One's own pictures and voice: dealt by picture, written in the common layout, reported with an interval."""
+"""Own pictures and voice: dealt by picture, in the common layout, reported with an interval."""
 
 import csv
 
@@ -39,51 +39,38 @@ def test_each_picture_is_in_one_split(n, parts, seed):
     except ValueError:
         assert n < 2 * len(parts) + sum(parts)  # only where somebody would be left without
         return
-    assert list(found) == list(shares) and sorted(
-        place for places in found.values() for place in places
-    ) == list(range(n))
-    assert all(places for places in found.values()) and found == split_pictures(
-        n, shares, seeded(seed)
-    )
+    places = [place for part in found.values() for place in part]
+    assert list(found) == list(shares) and sorted(places) == list(range(n))
+    assert all(found.values()) and found == split_pictures(n, shares, seeded(seed))
 
 
 def test_recall_is_the_mean_of_the_hits():
     scores, own = torch.tensor([[3.0, 1, 2], [1, 1, 0], [0, 5, 5]]), torch.tensor([0, 1, 0])
-    assert hits(scores, own).tolist() == [1.0, 0.5, 0.0] and hits(scores, own, 2).tolist() == [
-        1.0,
-        1.0,
-        0.0,
-    ]
+    assert hits(scores, own).tolist() == [1.0, 0.5, 0.0]
+    assert hits(scores, own, 2).tolist() == [1.0, 1.0, 0.0]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.floats(0.05, 0.95), st.integers(0, 12))
 def test_luck_is_a_probability_that_falls(queries, chance, right):
     assert 0 <= luck(right + 1, queries, chance) <= luck(right, queries, chance) <= 1
-    assert luck(0, queries, chance) == pytest.approx(1) and luck(
-        queries, queries, chance
-    ) == pytest.approx(chance**queries)
+    assert luck(0, queries, chance) == pytest.approx(1)
+    assert luck(queries, queries, chance) == pytest.approx(chance**queries)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 30), st.integers(0, 99))
 def test_an_interval_holds_its_difference_and_is_nothing_without_a_change(n, seed):
     generator = seeded(seed)
-    before, after, pictures = (
-        (torch.rand(n, generator=generator) < 0.5).float(),
-        (torch.rand(n, generator=generator) < 0.5).float(),
-        torch.arange(n) // 2,
-    )
+    before, after = (torch.rand(2, n, generator=generator) < 0.5).float()
+    pictures = torch.arange(n) // 2
     found = paired_interval(before, after, pictures, generator)
-    assert (
-        -100 <= found.low <= found.difference + 1e-6
-        and found.difference - 1e-6 <= found.high <= 100
-    )
+    assert -100 <= found.low <= found.difference + 1e-6
+    assert found.difference - 1e-6 <= found.high <= 100
     assert paired_interval(after, after, pictures, generator) == (0, 0, 0)
     other = report(before, after, pictures, n, generator)
-    assert other["before"] == pytest.approx(100 * before.mean().item(), abs=1e-4) and other[
-        "verdict"
-    ] in as_markdown(other)
+    assert other["before"] == pytest.approx(100 * before.mean().item(), abs=1e-4)
+    assert other["verdict"] in as_markdown(other)
 
 
 @pytest.fixture
@@ -98,15 +85,10 @@ def folder(tmp_path):
         for take in range(2):
             wave = 0.3 * np.sin(np.arange(8000) * (0.05 + 0.01 * place))
             save_recording(wave, tmp_path / f"wavs/thing{place}-{take}.wav")
-            rows.append(
-                {
-                    "image": f"images/thing{place}.png",
-                    "wav": f"wavs/thing{place}-{take}.wav",
-                    "text": f"thing {place}",
-                    "speaker": "anna",
-                    "consent": "2026-01-31",
-                }
-            )
+            name = f"thing{place}"
+            files = (f"images/{name}.png", f"wavs/{name}-{take}.wav")
+            line = (*files, f"thing {place}", "anna", "2026-01-31")
+            rows.append(dict(zip(COLUMNS, line)))
     write(tmp_path, rows)
     return tmp_path, rows
 
@@ -122,14 +104,9 @@ def test_a_folder_of_ones_own_is_a_corpus_like_any_other(folder):
     place, rows = folder
     found = build_folder(place, {"train": 0.5, "test": 0.5}, seeded())
     corpora = {split: load_corpus(place, split) for split in ("train", "test")}
-    assert (
-        {split: len(corpus.captions) for split, corpus in corpora.items()}
-        == {"train": 4, "test": 4}
-        == {
-            split: sum(len(entry["captions"]) for entry in entries)
-            for split, entries in found.items()
-        }
-    )
+    heard = {split: len(corpus.captions) for split, corpus in corpora.items()}
+    written = {split: sum(len(one["captions"]) for one in found[split]) for split in found}
+    assert heard == {"train": 4, "test": 4} == written
     pictures = {
         split: {picture.path for picture in corpus.pictures} for split, corpus in corpora.items()
     }
@@ -137,8 +114,19 @@ def test_a_folder_of_ones_own_is_a_corpus_like_any_other(folder):
     assert len(corpora["train"].load_wave(0)) == 8000
 
 
-@pytest.mark.parametrize(("change", "problem"), [({"consent": ""}, "consent"), ({"consent": "yes"}, "consent"), ({"text": " "}, "thing1-0"), ({"wav": ""}, "no wav"), ({"wav": "wavs/thing0-0.wav"}, "thing0-0"),
-                                                 ({"wav": "../thing.wav"}, "thing.wav"), ({"wav": "wavs/none.wav"}, "none"), ({"image": "images/none.png"}, "none")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"consent": ""}, "consent"),
+        ({"consent": "yes"}, "consent"),
+        ({"text": " "}, "thing1-0"),
+        ({"wav": ""}, "no wav"),
+        ({"wav": "wavs/thing0-0.wav"}, "thing0-0"),
+        ({"wav": "../thing.wav"}, "thing.wav"),
+        ({"wav": "wavs/none.wav"}, "none"),
+        ({"image": "images/none.png"}, "none"),
+    ],
+)
 def test_a_wrong_line_is_named(folder, change, problem):
     place, rows = folder
     write(place, [row | change if index == 2 else row for index, row in enumerate(rows)])

@@ -1,4 +1,4 @@
-"The slow teacher and the ring: oracles, properties, and for each known pitfall the mutant that the check catches."
+"The slow teacher and the ring: oracles, properties, and for each known pitfall its mutant."
 
 import copy
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from speechimg.queue import EmbeddingQueue, TokenMemory, make_teacher, ring_slots, update_momentum
+from speechimg.queue import EmbeddingQueue, make_teacher, ring_slots, update_momentum
 from speechimg.sic import id_targets, sic_loss
 
 
@@ -33,7 +33,7 @@ def caught(check, mutant):
         check(mutant)
 
 
-# ---- the ring -------------------------------------------------------------------------------------------------------
+# ---- the ring ----
 
 
 def check_ring(Queue):
@@ -170,15 +170,13 @@ def test_a_refused_call_changes_nothing(call):
     assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "arguments", [(-1, 2), (4, 0), (4, 2, 5, 1, 1, 1), (4, 2, -1), (4, 2, 2), (4, 2, 2, 3, 0, 1)]
-)
+@pytest.mark.parametrize("arguments", [(-1, 2), (4, 0)])
 def test_impossible_queues_are_refused(arguments):
     with pytest.raises(ValueError):
         EmbeddingQueue(*arguments)
 
 
-# ---- when to write, what to read ------------------------------------------------------------------------------------
+# ---- when to write, what to read ----
 
 
 def unit(n, dim, generator):
@@ -345,25 +343,16 @@ def test_pitfall_09_reset_for_a_new_stage_keep_for_a_resumed_run():
         EmbeddingQueue(7, 2).load_state_dict(EmbeddingQueue(6, 2).state_dict())
 
 
-@pytest.mark.parametrize("slots", [0, 3])
-def test_pitfall_10_resume_is_bitwise(slots, tmp_path):
-    make = lambda: EmbeddingQueue(6, 2, slots, 2, 3, 2) if slots else EmbeddingQueue(6, 2)
-    feed = lambda queue, n: queue.enqueue(
-        *pairs(range(n, n + 4)),
-        torch.full((4, 3, 2), float(n)),
-        torch.ones(4, 3, dtype=torch.bool),
-        torch.full((4, 2, 2), float(n)),
-    )
-    straight, first = make(), make()
+def test_pitfall_10_resume_is_bitwise(tmp_path):
+    straight, first, resumed = (EmbeddingQueue(6, 2) for _ in range(3))
     for n in range(0, 24, 4):
-        feed(straight, n)
+        straight.enqueue(*pairs(range(n, n + 4)))
     for n in range(0, 12, 4):
-        feed(first, n)
+        first.enqueue(*pairs(range(n, n + 4)))
     safetensors.torch.save_file(first.state_dict(), tmp_path / "queue.safetensors")
-    resumed = make()
     resumed.load_state_dict(safetensors.torch.load_file(tmp_path / "queue.safetensors"))
     for n in range(12, 24, 4):
-        feed(resumed, n)
+        resumed.enqueue(*pairs(range(n, n + 4)))
     assert straight.state_dict().keys() == resumed.state_dict().keys()
     assert all(
         torch.equal(value, resumed.state_dict()[name])
@@ -396,117 +385,7 @@ def test_pitfall_13_reading_changes_nothing_and_writing_does_not_reach_back():
     caught(check_reading, Views)
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
-
-
-@given(
-    size=st.integers(2, 7),
-    slots=st.integers(1, 7),
-    batches=st.lists(st.integers(0, 12), max_size=6),
-)
-def test_token_memory_equals_a_plain_list(size, slots, batches):
-    slots = min(slots, size)
-    queue, seen = EmbeddingQueue(size, 2, slots, token_width=1, speech_length=3, image_length=2), 0
-    for n in batches:
-        length = 1 + seen % 5  # shorter and longer than what is kept
-        ids = torch.arange(seen, seen + n)
-        tokens = (
-            ids.float()[:, None, None].expand(n, length, 1)
-            + torch.arange(length)[None, :, None] / 8
-        )
-        queue.enqueue(
-            *pairs(ids),
-            tokens,
-            torch.ones(n, length, dtype=torch.bool),
-            ids.float()[:, None, None].expand(n, 2, 1),
-        )
-        seen += n
-    kept = queue.tokens()
-    assert sorted(kept["ids"].tolist()) == list(range(max(0, seen - slots), seen))
-    for row, item in enumerate(kept["ids"].tolist()):
-        assert kept["speech"][row, 0] == item and kept["image"][row, 1] == item
-        assert (kept["image_tokens"][row] == item).all()
-        valid = int(kept["speech_mask"][row].sum())
-        expected = (item + torch.arange(3) / 8) * (torch.arange(3) < valid)
-        assert_close(kept["speech_tokens"][row, :, 0].float(), expected.half().float())
-
-
-def token_queue():
-    return EmbeddingQueue(4, 2, token_slots=2, token_width=2, speech_length=3, image_length=2)
-
-
-def test_tokens_are_half_precision_bounded_and_clean():
-    queue = token_queue()
-    speech = torch.full((3, 5, 2), 1e6, requires_grad=True)
-    mask = torch.tensor([[True, True, False, False, False]]).expand(3, 5)
-    garbage = speech.masked_fill(~mask[..., None], torch.nan)
-    queue.enqueue(*pairs([1, 2, 3]), garbage, mask, torch.full((3, 2, 2), -1e6))
-    kept = queue.tokens()
-    assert kept["speech_tokens"].dtype == kept["image_tokens"].dtype == torch.float16
-    assert kept["speech_tokens"].isfinite().all() and kept["image_tokens"].isfinite().all()
-    assert not kept["speech_tokens"].requires_grad
-    assert kept["speech_mask"].tolist() == [[True, True, False]] * 2
-    assert not kept["speech_tokens"][:, 2:].any()
-    size = sum(buffer.numel() * buffer.element_size() for buffer in queue.memory.buffers())
-    for _ in range(5):
-        queue.enqueue(*pairs([4, 5, 6]), garbage, mask, torch.ones(3, 2, 2))
-    assert size == sum(buffer.numel() * buffer.element_size() for buffer in queue.memory.buffers())
-
-
-def test_a_slot_is_wiped_before_a_shorter_utterance_enters():
-    queue = token_queue()
-    queue.enqueue(
-        *pairs([1, 2]), torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 2)
-    )
-    queue.enqueue(
-        *pairs([3, 4]), torch.ones(2, 1, 2), torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 2, 2)
-    )
-    assert (
-        queue.tokens()["speech_mask"].sum(1).tolist() == [1, 1]
-        and not queue.tokens()["speech_tokens"][:, 1:].any()
-    )
-
-
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        None,
-        ((2, 3, 5), (2, 3), (2, 2, 2)),
-        ((1, 3, 2), (1, 3), (2, 2, 2)),
-        ((2, 3, 2), (2, 4), (2, 2, 2)),
-        ((2, 3, 2), (2, 3), (2, 3, 2)),
-        ((2, 3, 2), (2, 3), (1, 2, 2)),
-        ((2, 3), (2, 3), (2, 2, 2)),
-    ],
-)
-def test_tokens_that_do_not_fit_change_nothing(shapes):
-    queue = token_queue()
-    queue.enqueue(
-        *pairs([1, 2]), torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 2)
-    )
-    before = copy.deepcopy(queue.state_dict())
-    speech, mask, image = (
-        (None,) * 3
-        if shapes is None
-        else (
-            torch.zeros(shapes[0]),
-            torch.ones(shapes[1], dtype=torch.bool),
-            torch.zeros(shapes[2]),
-        )
-    )
-    with pytest.raises(ValueError, match="enqueue"):
-        queue.enqueue(*pairs([3, 4]), speech, mask, image)
-    assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
-
-
-def test_a_queue_without_tokens_says_so():
-    with pytest.raises(ValueError, match="token_slots"):
-        EmbeddingQueue(4, 2).tokens()
-    with pytest.raises(ValueError):
-        TokenMemory(0, 1, 1, 1)
-
-
-# ---- the teacher ----------------------------------------------------------------------------------------------------
+# ---- the teacher ----
 
 
 def check_closed_form(update):

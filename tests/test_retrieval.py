@@ -1,4 +1,4 @@
-"Ranking and measuring: loops that anyone believes, properties, and the mutants of the known pitfalls."
+"Ranking and measuring: loops that anyone believes, properties, mutants of known pitfalls."
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from speechimg.attention import Encoded
 from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus, load_probe
 from speechimg.data import speech_mask
-from speechimg.model import SpeechImageModel
+from speechimg.model import SpeechImageModel, embed_pictures, embed_recordings
 from speechimg.retrieval import (
     embed,
     evaluate,
@@ -52,7 +52,7 @@ def caught(check, mutant):
 
 
 def every_order(row, right, k):
-    "Share of all orders of the candidates, among those that respect the scores, with a right one in the first k."
+    "Share of the orders of candidates that respect the scores with a right one in the first k."
     hits = orders = 0
     for order in itertools.permutations(range(len(row))):
         if any(row[a] < row[b] for a, b in zip(order, order[1:])):
@@ -103,7 +103,7 @@ def assert_same(found, wished, tolerance=1e-6):
 
 
 def irregular(seed=0, n_image=7, levels=None):
-    "Scores with 1 to 6 captions per image in random order; `levels` quantises them, so that many tie."
+    "Scores with 1 to 6 captions per image in random order; `levels` makes many of them tie."
     rng = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(n_image), rng.integers(1, 7, n_image))
     rng.shuffle(image_of)
@@ -622,6 +622,30 @@ def test_embeddings_equal_one_at_a_time(mini):
     assert torch.equal(found.image_of, mini.features.image_of)
 
 
+def test_vectors_may_come_without_tokens(mini):
+    vectors, tokens = embed_recordings(mini.model, mini.features.speech, 7, keep_tokens=False)
+    assert torch.equal(vectors, embed(mini.model, mini.features, 7).speech)
+    assert set(tokens) == {None}
+    vectors, tokens = embed_pictures(mini.model, mini.features.image, 7, keep_tokens=False)
+    assert torch.equal(vectors, embed(mini.model, mini.features, 7).image) and tokens is None
+
+
+def test_recordings_of_like_length_share_a_batch(mini, monkeypatch):
+    "No batch pads more than the next length needs; the lengths may be told without reading."
+    shapes, encode = [], mini.model.encode_speech
+
+    def spy(*arguments, **options):
+        features = arguments[0] if arguments else options["features"]
+        shapes.append(features.shape[:2])
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(mini.model, "encode_speech", spy)
+    lengths = sorted(len(frames) for frames in mini.features.speech)
+    embed_recordings(mini.model, mini.features.speech, 7)
+    wished = [(len(part), part[-1]) for part in (lengths[i : i + 7] for i in range(0, 30, 7))]
+    assert [tuple(shape) for shape in shapes] == wished
+
+
 def test_embedding_leaves_model_and_random_state_alone(mini):
     mini.model.train()
     state, before = (
@@ -672,7 +696,7 @@ def test_pair_scores_equal_one_pair_at_a_time(mini, direction):
 
 
 def test_a_forgotten_mask_is_caught(mini, monkeypatch):
-    "Pitfall 24: padding of the longer recordings in a batch must not be read; a scorer without masks fails the same check."
+    "Pitfall 24: padding in a batch must not be read; a scorer without masks fails the check."
     embeddings = embed(mini.model, mini.features)
     lengths = torch.tensor([len(tokens) for tokens in embeddings.speech_tokens])
     shortest, longest = int(lengths.argmin()), int(lengths.argmax())
@@ -794,7 +818,9 @@ def test_swap_trials_point_at_the_right_things(mini):
 
 
 def test_swap_accuracy_by_hand_and_draws():
-    unit = lambda *rows: F.normalize(torch.tensor(rows), dim=-1)
+    def unit(*rows):
+        return F.normalize(torch.tensor(rows), dim=-1)
+
     embeddings = room.Embeddings(
         unit([1.0, 0.0], [0.0, 1.0]),
         unit([1.0, 0.2], [0.2, 1.0], [1.0, 0.2]),

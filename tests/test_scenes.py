@@ -1,9 +1,10 @@
-"""The shipped `scenes` archives keep what data/README.md promises: splits by content and voice, a held-out style, new voices on known pictures, a fair probe."""
+"""The shipped `scenes` archives keep what data/README.md promises: splits by content and voice, a
+held-out style, new voices on known pictures, a fair probe.
+"""
 
 import io
 import itertools
 import json
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -29,7 +30,9 @@ def archives():
 
 @pytest.fixture(scope="module")
 def manifests(archives):
-    read = lambda split: json.loads(archives[split].read(f"{split}.json"))["data"]
+    def read(split):
+        return json.loads(archives[split].read(f"{split}.json"))["data"]
+
     return {split: read(split) for split in SPLITS}
 
 
@@ -90,19 +93,25 @@ def test_style_is_held_out(manifests):
     assert all(
         e["scene"]["style"] != "noto" for s in ("train", "val", "test") for e in manifests[s]
     )
-    same = lambda e: (
-        e["scene"]["kind"],
-        e["scene"]["nouns"],
-        e["scene"]["relation"],
-        e["scene"]["background"],
-        [c["uttid"] for c in e["captions"]],
-    )
+
+    def same(e):
+        return (
+            e["scene"]["kind"],
+            e["scene"]["nouns"],
+            e["scene"]["relation"],
+            e["scene"]["background"],
+            [c["uttid"] for c in e["captions"]],
+        )
+
     assert [same(e) for e in manifests["test"]] == [same(e) for e in manifests["test_style"]]
 
 
 def test_voice_changes_the_voices_alone(manifests):
     seen = {e["image"]: e for e in manifests["train"]}
-    bare = lambda e: {key: value for key, value in e.items() if key != "captions"}
+
+    def bare(e):
+        return {key: value for key, value in e.items() if key != "captions"}
+
     for e in manifests["voice"]:
         assert bare(e) == bare(seen[e["image"]]) and e["scene"]["kind"] == "pair"
     assert (

@@ -23,9 +23,14 @@ def caught(check, mutant):
 def case(seed=0, batch=4, keys=9, dim=8):
     "Online and teacher embeddings of a batch, old keys behind it, and ids with repetitions."
     generator = torch.Generator().manual_seed(seed)
-    unit = lambda n: F.normalize(torch.randn(n, dim, generator=generator), dim=1)
+
+    def unit(n):
+        return F.normalize(torch.randn(n, dim, generator=generator), dim=1)
+
+    def near(ids):
+        return F.normalize(meaning[ids] + 0.4 * unit(len(ids)), dim=1)
+
     meaning = unit(6)
-    near = lambda ids: F.normalize(meaning[ids] + 0.4 * unit(len(ids)), dim=1)
     ids = torch.tensor([0, 1, 0, 3])[:batch]
     key_ids = torch.cat([ids, torch.tensor([0, 4, 5, 3, 2])[: keys - batch]])
     return near(ids), near(ids), near(key_ids), near(key_ids), ids, key_ids
@@ -47,7 +52,7 @@ def loop_loss(speech, image, speech_keys, image_keys, to_image, to_speech, tau=T
     return total
 
 
-# ---- targets --------------------------------------------------------------------------------------------------------
+# ---- targets ----
 
 
 def check_targets(targets):
@@ -131,7 +136,7 @@ def test_targets_by_counting(ids, old):
             assert_close(float(y[b, c]), 1 / keys.count(own) if own == other else 0.0)
 
 
-# ---- the loss -------------------------------------------------------------------------------------------------------
+# ---- the loss ----
 
 
 def check_loss(loss):
@@ -268,7 +273,7 @@ def test_equal_keys_cost_the_logarithm_of_their_number():
     assert abs(float(out.loss) - math.log(9)) < 1e-5
 
 
-# ---- temperature ----------------------------------------------------------------------------------------------------
+# ---- temperature ----
 
 
 def check_logits(logits):
@@ -319,11 +324,11 @@ def test_wrong_shapes_are_refused():
         sic_loss(speech, image, speech_keys, image_keys, (torch.eye(4, 9), torch.eye(4)), TAU)
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
+# ---- precision ----
 
 
 def check_precision(loss):
-    "Half-precision towers, inside and outside autocast: near the float64 loops over the very same numbers, and finite."
+    "Half precision, inside and outside autocast: near the float64 loops over the same numbers."
     speech, image, speech_keys, image_keys, ids, key_ids = case()
     y = id_targets(ids, key_ids)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ from speechimg.speech import (
     position_codes,
 )
 
-# ------------------------------------------------------------------------------------------------ LogMel
+# ------------------------------------------------------------------------------------------------
+# LogMel
 
 
 @given(st.integers(0, 30_000))
@@ -116,7 +118,8 @@ def test_log_mel_is_an_object_that_travels():
     assert twin.params == LogMel().params and np.array_equal(twin(wave), LogMel()(wave.numpy()))
 
 
-# ------------------------------------------------------------------------------------------------ masks and norms
+# ------------------------------------------------------------------------------------------------
+# masks and norms
 
 
 def test_frame_mask_by_hand():
@@ -152,11 +155,14 @@ def test_masked_batch_norm_single_frame():
     )
 
 
-# ------------------------------------------------------------------------------------------------ frame arithmetic
+# ------------------------------------------------------------------------------------------------
+# frame arithmetic
 
 
 def check_frame_count(count):
-    "The rule for the number of tokens against a chain of real strided convolutions, asked which outputs a valid frame's own place reaches."
+    """The rule for the number of tokens against a chain of real strided convolutions, asked which
+    outputs a valid frame's own place reaches.
+    """
     for length in range(1, 60):
         places = list(range(length))
         for _ in range(3):
@@ -188,7 +194,8 @@ def test_conv_block_padding(length, padding):
     assert_close(company[:, : alone.shape[1]], alone, rtol=0, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the recurrent layer
+# ------------------------------------------------------------------------------------------------
+# the recurrent layer
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 4))
@@ -244,7 +251,8 @@ def test_odd_width_is_refused(make_it):
         make_it()
 
 
-# ------------------------------------------------------------------------------------------------ peak and reader
+# ------------------------------------------------------------------------------------------------
+# peak and reader
 
 
 def test_peak_by_hand():
@@ -254,7 +262,9 @@ def test_peak_by_hand():
 
 
 def test_reader_without_blocks_by_hand():
-    "Depth 0: [CLS] is its own start, plus the peak before codes are added, plus the peak after; the rest is token plus code."
+    """Depth 0: [CLS] is its own start, plus the peak before codes are added, plus the peak after;
+    the rest is token plus code.
+    """
     torch.manual_seed(0)
     reader = Reader(Config(width=8, heads=2), 0)
     tokens, codes, mask = (
@@ -320,11 +330,14 @@ def test_a_cls_without_peak_is_noticed(monkeypatch):
         check_gradients(make(SpeechTower), torch.randn(3, 33, 64), torch.tensor([33, 20, 5]))
 
 
-# ------------------------------------------------------------------------------------------------ the tower
+# ------------------------------------------------------------------------------------------------
+# the tower
 
 
 class PlainNorm(nn.Module):
-    "Spoilt: a norm over all frames, padding included (GroupNorm over time, as in some pretrained models)."
+    """Spoilt: a norm over all frames, padding included (GroupNorm over time, as in some pretrained
+    models).
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -426,7 +439,9 @@ def test_order_is_heard():
 
 
 def two_sounds():
-    "Sound A, long silence, sound B, and the same with B first: they lie further apart than the convolutions reach."
+    """Sound A, long silence, sound B, and the same with B first: they lie further apart than the
+    convolutions reach.
+    """
     generator = torch.Generator().manual_seed(4)
     first, second = torch.randn(2, 4, 1, 64, generator=generator).expand(2, 4, 80, 64)
     silence = torch.zeros(4, 120, 64)
@@ -456,7 +471,9 @@ def test_order_mutants(size, monkeypatch):
 
 
 def test_recurrent_layer_hears_order(monkeypatch):
-    "Without codes it is all that hears it. In a fresh tower it has forgotten most after a second of silence, so little is asked for."
+    """Without codes it is all that hears it. In a fresh tower it has forgotten most after a second
+    of silence, so little is asked for.
+    """
     monkeypatch.setattr(speech, "position_codes", lambda length, width: torch.zeros(length, width))
     check_order(make(SpeechTower), *two_sounds(), least=0.005)
     with pytest.raises(AssertionError):
@@ -505,3 +522,29 @@ def test_sizes():
         < 2e6
     )
     assert SpeechTower(TINY).width == 16
+
+
+class Loudest(nn.Module):
+    "A peak between two layers: all that the fault below needs, and quicker than a tower."
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        return self.after(speech.peak(self.norm(self.before(tokens)), None))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+def test_compiled_in_half_precision_gradients_stay_finite():
+    "With amax for the peak, no token was as large as the peak, whose gradient became 0 / 0."
+    torch.manual_seed(0)
+    loudest = Loudest()
+    loudest.compile(dynamic=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loudest(torch.randn(8, 36, 16))
+    found.float().square().mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in loudest.parameters())

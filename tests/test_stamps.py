@@ -1,4 +1,6 @@
-"The `stamps` archive is what data/README.md and its report say it is. Reads the archive itself, not through the library."
+"""The `stamps` archive is what data/README.md and its report say it is. Reads the archive itself,
+not through the library.
+"""
 
 import collections
 import io
@@ -90,7 +92,10 @@ def test_splits_share_nothing_that_tells(manifests):
     ):
         seen = [{item for entry in manifests[split] for item in key(entry)} for split in SPLITS]
         assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-    by_image = lambda entries: sorted(entries, key=lambda entry: entry["image"])  # noqa: E731
+
+    def by_image(entries):
+        return sorted(entries, key=lambda entry: entry["image"])
+
     assert by_image(sum((manifests[split] for split in SPLITS), [])) == by_image(manifests["all"])
 
 

@@ -16,6 +16,7 @@ import reference
 import rooms
 import website
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.slow
 
 
@@ -73,6 +74,32 @@ def test_every_notebook_is_a_page_with_its_outputs(site):
         pictures = len(re.findall(r'<img [^>]*src="(?:\.\./)*_images/(?!\w+\.svg)', raw))
         assert pictures == pictures_shown(shown), name
         assert '<span class="c1">#|' not in raw and "widget-view" not in raw, name
+
+
+WIDTHS = """() => {
+  const codes = [...document.querySelectorAll(".cell_input pre")];
+  const wide = codes.filter(one => one.scrollWidth > one.clientWidth + 1).length;
+  return [wide, document.documentElement.scrollWidth - document.documentElement.clientWidth];
+}"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_code_fits_on_a_screen_and_pages_on_a_phone(site):
+    "At 1,280 pixels no line of code is cut off; no page is wider than a phone."
+    from playwright.sync_api import sync_playwright
+
+    wrong = []
+    with sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width in (1280, 390):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            for one in rooms.rooms(ROOT):
+                page.goto((site / f"{one.name}.html").as_uri(), wait_until="domcontentloaded")
+                code, over = page.evaluate(WIDTHS)
+                if over > 0 or (width == 1280 and code):
+                    wrong.append(f"{one.name}, {width} pixels: {code} cells, {over} pixels over")
+        browser.close()
+    assert wrong == []
 
 
 def test_reference_shows_what_a_function_expects(site):

@@ -1,4 +1,6 @@
-"What every tower must do. A check raises AssertionError; the tests run it on the right tower and on spoilt copies, where it must."
+"""What every tower must do. A check raises AssertionError; the tests run it on the right tower and
+on spoilt copies, where it must.
+"""
 
 import copy
 
@@ -76,7 +78,9 @@ def check_gradients(tower, *inputs):
 
 
 def check_copy(tower, *inputs):
-    "A teacher is a deep copy made at any time; eval gives the same numbers twice; nothing hides outside the state."
+    """A teacher is a deep copy made at any time; eval gives the same numbers twice; nothing hides
+    outside the state.
+    """
     tower.train()
     tower(*inputs).tokens.sum().backward()
     twin = copy.deepcopy(tower).eval()

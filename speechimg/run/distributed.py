@@ -88,7 +88,7 @@ def processes(hours=48):  # how long the others may wait for one that evaluates 
         # Only a group that nobody holds ends its threads; one that outlives Python would abort it.
         gc.collect()
 
-
+# %% ../../nbs/research/distributed.ipynb #2a46af91
 @contextmanager
 def zero_first():
     "Rank 0 goes through the block before the others: what can be kept on disk, it computes alone."

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'TINY_HUBERT', 'hubert_frames', 'hubert_facts', 'load_hubert', 'Waves', 'listen', 'hubert_layers',
-           'side_by_side', 'LayerMean', 'Frozen', 'HubertFrames', 'set_dropout', 'HubertTower', 'rate_factors']
+           'side_by_side', 'LayerMean', 'Frozen', 'HubertFrames', 'hubert_features', 'set_dropout', 'projection',
+           'hubert_size', 'learning_hubert', 'HubertParts', 'HubertTower', 'rate_factors']
 
 # %% ../../nbs/research/hubert.ipynb #4f7ed98b
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,9 +52,9 @@ TINY_HUBERT = dict(
     aux_num_out=None,
 )
 
-
+# %% ../../nbs/research/hubert.ipynb #04cbc6cb
 def hubert_facts(name):  # hubert_base, hubert_large or tiny
-    "(arguments of torchaudio.models.wav2vec2_model, whether the waves have to be normalised): what the checkpoint was trained with."
+    "(arguments of torchaudio's wav2vec2_model, whether waves are normalised): as in training."
     import torchaudio  # slow to import
 
     if name == "tiny":
@@ -65,52 +67,41 @@ def load_hubert(
     name,  # hubert_base, hubert_large or tiny
     weights=True,  # False: random, because a checkpoint of ours will bring them
 ):
-    "The network, without any head. Raises InputError where the weights are not here and cannot be fetched."
+    "The network, without any head. Raises InputError where the weights cannot be had."
     import torchaudio
 
     if name == "tiny" or not weights:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the same tiny network in every run, and nobody else's draws are moved
+        with torch.random.fork_rng(devices=[]):  # the same one always, and nobody's draws are moved
             torch.manual_seed(0)
             return torchaudio.models.wav2vec2_model(**hubert_facts(name)[0])
     bundle = getattr(torchaudio.pipelines, name.upper())
-    try:
-        network = bundle.get_model(
-            dl_kwargs={"weights_only": True}
-        )  # tensors only: nothing in the file may run
+    try:  # tensors only: nothing in the file may run
+        network = bundle.get_model(dl_kwargs={"weights_only": True})
     except Exception as error:  # no network, a proxy, a torn file: each has an exception of its own
-        place, source = (
-            Path(torch.hub.get_dir()) / "checkpoints" / bundle._path,
-            f"https://download.pytorch.org/torchaudio/models/{bundle._path}",
-        )
-        raise InputError(
-            place,
-            f"cannot be fetched or read ({str(error)[:100]})",
-            f"download {source} on another machine and put it there",
-        ) from None
+        place = Path(torch.hub.get_dir()) / "checkpoints" / bundle._path
+        source = f"https://download.pytorch.org/torchaudio/models/{bundle._path}"
+        problem = f"cannot be fetched or read ({str(error)[:100]})"
+        remedy = f"download {source} on another machine and put it there"
+        raise InputError(place, problem, remedy) from None
     return getattr(network, "model", network)  # without the wrapper that normalises over padding
 
 # %% ../../nbs/research/hubert.ipynb #7ffe239a
 class Waves:
-    "Front end: the wave itself, normalised if the checkpoint wants it; the network runs later, on the device."
+    "Front end: the wave itself, normalised if the checkpoint wants it; the network runs later."
 
     feature_dim = 1
 
-    def __init__(self, normalise=False):
-        self.normalise = (
-            normalise  # mean 0 and variance 1 over the true length: HuBERT large yes, base no
-        )
+    def __init__(self, normalise=False):  # mean 0, variance 1: HuBERT large yes, base no
+        self.normalise = normalise
 
-    params = property(lambda self: f"hubert-wave-1 normalise={self.normalise}")
+    @property
+    def params(self):
+        return f"hubert-wave-1 normalise={self.normalise}"
 
     def frames(self, samples):
         return max(samples, SHORTEST)  # rows of the result
 
-    def __call__(
-        self,
-        wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
-    ):
+    def __call__(self, wave):  # (n,) float in [-1, 1] at 16 kHz, tensor or array
         "(frames(n), 1) float16."
         wave = torch.as_tensor(wave, dtype=torch.float32)
         if self.normalise and len(wave):
@@ -125,10 +116,8 @@ def listen(
     lengths,  # (B,) samples
 ):
     "(B, T, c) what the convolutions hear, and (B,) frames that count."
-    x, lengths = (
-        rearrange(F.pad(wave, (0, max(0, SHORTEST - wave.shape[1]))), "b n -> b 1 n"),
-        lengths.clamp(min=SHORTEST),
-    )
+    x = F.pad(wave, (0, max(0, SHORTEST - wave.shape[1])))[:, None]  # (B, 1, n)
+    lengths = lengths.clamp(min=SHORTEST)
     for layer in extractor.conv_layers:
         x, lengths = layer.conv(x), (lengths - layer.kernel_size) // layer.stride + 1  # (B, c, T)
         if isinstance(layer.layer_norm, nn.GroupNorm):  # over time: each clip without its padding
@@ -139,14 +128,14 @@ def listen(
         x = F.gelu(x)
     return rearrange(x, "b c t -> b t c"), lengths
 
-
+# %% ../../nbs/research/hubert.ipynb #c594e3e9
 def hubert_layers(
     network,  # a torchaudio Wav2Vec2Model
     wave,  # (B, n)
     lengths,  # (B,) samples that count
     checkpointing=False,  # keep less for the backward pass, compute it again
 ):
-    "What every transformer layer says, a list of (B, T, w), and (B,) frames; what lies behind a length changes nothing."
+    "What every layer says, a list of (B, T, w), and (B,) frames; padding changes nothing."
     wave = wave.masked_fill(~frame_mask(lengths, wave), 0.0)
     x, lengths = listen(network.feature_extractor, wave, lengths)
     mask, transformer, layers = frame_mask(lengths, x), network.encoder.transformer, []
@@ -154,17 +143,15 @@ def hubert_layers(
     x = x + transformer.pos_conv_embed(x)
     if transformer.layer_norm_first:
         x = transformer.layer_norm(x)  # base has it here, large at the end
-    x, attend = (
-        transformer.dropout(x),
-        mask[:, None, None].expand(-1, 1, mask.shape[1], -1),
-    )  # (B, 1, T, T), a view
+    x = transformer.dropout(x)
+    attend = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, T, T), a view
+    again = checkpointing and torch.is_grad_enabled()
     for layer in transformer.layers:
-        again = checkpointing and torch.is_grad_enabled()
         x = (checkpoint(layer, x, attend, use_reentrant=False) if again else layer(x, attend))[0]
         layers.append(x)
-    return (
-        layers if transformer.layer_norm_first else [*layers[:-1], transformer.layer_norm(x)]
-    ), lengths
+    if not transformer.layer_norm_first:
+        layers[-1] = transformer.layer_norm(x)
+    return layers, lengths
 
 
 def side_by_side(
@@ -173,9 +160,8 @@ def side_by_side(
     weighted,  # all layers, or the last alone
 ):
     "(B, T, L * w) float32, each layer normalised by itself, zero behind the lengths."
-    features = torch.cat(
-        [F.layer_norm(x.float(), x.shape[-1:]) for x in (layers if weighted else layers[-1:])], -1
-    )
+    wanted = layers if weighted else layers[-1:]
+    features = torch.cat([F.layer_norm(x.float(), x.shape[-1:]) for x in wanted], -1)
     return clean(features, frame_mask(lengths, features))
 
 # %% ../../nbs/research/hubert.ipynb #aaf07be1
@@ -187,15 +173,12 @@ class LayerMean(nn.Module):
         self.weights = nn.Parameter(torch.zeros(layers))
 
     def forward(self, x):  # (B, T, L * w) -> (B, T, w)
-        return torch.einsum(
-            "btlw,l->btw",
-            rearrange(x, "b t (l w) -> b t l w", l=len(self.weights)),
-            self.weights.softmax(0).to(x),
-        )
+        x = rearrange(x, "b t (l w) -> b t l w", l=len(self.weights))
+        return torch.einsum("btlw,l->btw", x, self.weights.softmax(0).to(x))
 
 # %% ../../nbs/research/hubert.ipynb #d86ac9f4
 class Frozen:
-    "A network that is loaded when first needed, shared by all copies, and in nobody's parameters or state_dict."
+    "A network, loaded when first needed, shared by all copies, and in nobody's state_dict."
 
     def __init__(
         self,
@@ -215,46 +198,46 @@ class Frozen:
     def __getstate__(self):
         return {"load": self.load, "network": None if self.load else self.network}
 
-
+# %% ../../nbs/research/hubert.ipynb #846f3f76
+@dataclass
 class HubertFrames:
     "Front end: what a frozen HuBERT says, every 20 ms, to be computed once."
 
-    def __init__(
-        self,
-        name,  # of the model, for the cache
-        network,  # Frozen
-        normalise,  # as for Waves
-        weighted,  # all layers side by side, or the last
-        feature_dim,  # L * w
-    ):
-        self.name, self.network, self.waves, self.weighted, self.feature_dim = (
-            name,
-            network,
-            Waves(normalise),
-            weighted,
-            feature_dim,
-        )
+    name: str  # of the model, for the cache
+    network: Frozen
+    normalise: bool  # as for Waves
+    weighted: bool  # all layers side by side, or the last
+    feature_dim: int  # L * w
+
+    def __post_init__(self):
+        self.waves = Waves(self.normalise)
 
     @property
     def params(self):
-        return f"hubert-1 {self.name} layers={'all' if self.weighted else 'last'} size={self.feature_dim} {self.waves.params}"
+        layers = "all" if self.weighted else "last"
+        size = f"layers={layers} size={self.feature_dim}"
+        return f"hubert-1 {self.name} {size} {self.waves.params}"
 
     def frames(self, samples):
         return hubert_frames(samples)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        wave,  # (n,) float in [-1, 1] at 16 kHz, tensor or array
-    ):
+    def __call__(self, wave):  # (n,) float in [-1, 1] at 16 kHz, tensor or array
         "(T, L * w) float16, T = frames(n)."
-        wave = (
-            torch.from_numpy(self.waves(wave)).float()[None, :, 0].to(default_device())
-        )  # (1, n) the very samples that an uncached tower gets
-        layers, lengths = hubert_layers(
-            self.network.on(wave.device), wave, torch.tensor([wave.shape[1]], device=wave.device)
-        )
-        return side_by_side(layers, lengths, self.weighted)[0].cpu().numpy().astype(np.float16)
+        wave = self.waves(wave)  # the very samples that an uncached tower gets
+        features = torch.from_numpy(wave).float()[None].to(default_device())  # (1, n, 1)
+        network = self.network.on(features.device)
+        features, _ = hubert_features(network, features, None, self.weighted)
+        return features[0].cpu().numpy().astype(np.float16)
+
+
+def hubert_features(network, features, lengths, weighted, checkpointing=False):
+    "(B, T, L * w) and (B,) frames of raw waves (B, n, 1) and their lengths, None = all."
+    if lengths is None:
+        lengths = torch.full(features.shape[:1], features.shape[1])
+    waves, lengths = features[..., 0], lengths.to(features.device)
+    layers, lengths = hubert_layers(network, waves, lengths, checkpointing)
+    return side_by_side(layers, lengths, weighted), lengths
 
 # %% ../../nbs/research/hubert.ipynb #82017977
 def set_dropout(network, share):  # of activations, in training
@@ -266,92 +249,82 @@ def set_dropout(network, share):  # of activations, in training
             setattr(module, name, share)
 
 
-class HubertTower(nn.Module):
-    "HuBERT, frozen or learning, and a small trainable reader on top."
+def projection(size, width):
+    "From a borrowed network's features to tokens."
+    first, second = nn.Linear(size, width), nn.Linear(width, width)
+    return nn.Sequential(nn.LayerNorm(size), first, nn.GELU(), second, nn.LayerNorm(width))
+
+
+def hubert_size(config, backbone):
+    "(number of layers, size of a frame)"
+    if backbone is not None:
+        transformer = backbone.encoder.transformer
+        return len(transformer.layers), transformer.pos_conv_embed.embed_dim
+    facts = hubert_facts(config.speech_model)[0]
+    return facts["encoder_num_layers"], facts["encoder_embed_dim"]
+
+
+def learning_hubert(network, dropout):
+    "Set it up to learn, its convolutions apart; the names of its parts from the bottom up."
+    set_dropout(network.train(), dropout)
+    network.feature_extractor.requires_grad_(False)
+    transformer, name = network.encoder.transformer, "backbone.encoder.transformer"
+    layers = range(len(transformer.layers))
+    rungs = [("backbone.",)] + [(f"{name}.layers.{layer}.",) for layer in layers]
+    if not transformer.layer_norm_first:
+        rungs[-1] += (f"{name}.layer_norm.",)
+    return rungs
+
+# %% ../../nbs/research/hubert.ipynb #d1d7e85f
+class HubertParts(nn.Module):
+    "What a HubertTower is made of."
 
     def __init__(
         self,
-        config,  # Config: speech_model, speech_layers, finetune, cache_towers, checkpointing, width, heads, dropout, speech_depth
+        config,  # Config: those of speech, finetune, cache_towers, checkpointing, width, heads, ...
         front_end=None,  # made from the config when left out
         backbone=None,  # a torchaudio Wav2Vec2Model; the one that the config names when left out
         weights=True,  # False: random where it learns, because a checkpoint of ours brings them
     ):
         super().__init__()
-        facts, normalise = hubert_facts(config.speech_model)
-        layers, size = facts["encoder_num_layers"], facts["encoder_embed_dim"]
-        if backbone is not None:
-            layers, size = (
-                len(backbone.encoder.transformer.layers),
-                backbone.encoder.transformer.pos_conv_embed.embed_dim,
-            )
-        learns, self.weighted, self.checkpointing = (
-            config.finetune in ("speech", "both"),
-            config.speech_layers == "weighted",
-            config.checkpointing,
-        )
-        self.width, self.feature_dim, self.rungs, self.backbone = (
-            config.width,
-            size * (layers if self.weighted else 1),
-            [],
-            None,
-        )
-        self.frozen = (
-            None
-            if learns
-            else Frozen(
-                partial(load_hubert, config.speech_model) if backbone is None else None, backbone
-            )
-        )
-        if learns:
-            self.backbone = (
-                load_hubert(config.speech_model, weights) if backbone is None else backbone
-            )
-            set_dropout(self.backbone.train(), config.dropout)
-            self.backbone.feature_extractor.requires_grad_(False)
-            self.rungs = [("backbone.",)] + [
-                (f"backbone.encoder.transformer.layers.{layer}.",) for layer in range(layers)
-            ]
-            if not self.backbone.encoder.transformer.layer_norm_first:
-                self.rungs[-1] += ("backbone.encoder.transformer.layer_norm.",)
-        name = (
-            config.speech_model if backbone is None else f"given-{os.urandom(8).hex()}"
-        )  # a strange network's features are never found again
-        cached = HubertFrames(name, self.frozen, normalise, self.weighted, self.feature_dim)
-        self.front_end = front_end or (
-            Waves(normalise) if learns or not config.cache_towers else cached
-        )
+        layers, size = hubert_size(config, backbone)
+        self.width, self.weighted = config.width, config.speech_layers == "weighted"
+        self.feature_dim = size * (layers if self.weighted else 1)
+        self.checkpointing, self.rungs = config.checkpointing, []
+        self.frozen, self.backbone = None, None
+        given, model = backbone is not None, config.speech_model
+        if config.finetune in ("speech", "both"):
+            self.backbone = backbone if given else load_hubert(model, weights)
+            self.rungs = learning_hubert(self.backbone, config.dropout)
+        else:
+            self.frozen = Frozen(None if given else partial(load_hubert, model), backbone)
+        # a strange network's features are never found again
+        name = f"given-{os.urandom(8).hex()}" if given else model
+        self.front_end = front_end or self.own_front_end(config, name)
         self.mean = LayerMean(layers) if self.weighted else nn.Identity()
-        self.project = nn.Sequential(
-            nn.LayerNorm(size),
-            nn.Linear(size, config.width),
-            nn.GELU(),
-            nn.Linear(config.width, config.width),
-            nn.LayerNorm(config.width),
-        )
+        self.project = projection(size, config.width)
         self.reader = Reader(config, config.speech_depth)
 
-    def listen(self, network, features, lengths):  # (B, n, 1), (B,) samples or None
-        if lengths is None:
-            lengths = torch.full(features.shape[:1], features.shape[1], device=features.device)
-        layers, lengths = hubert_layers(
-            network,
-            features[..., 0],
-            lengths.to(features.device),
-            self.checkpointing and self.training,
-        )
-        return side_by_side(layers, lengths, self.weighted), lengths
+    def own_front_end(self, config, name):
+        normalise = hubert_facts(config.speech_model)[1]
+        if self.frozen is None or not config.cache_towers:
+            return Waves(normalise)
+        return HubertFrames(name, self.frozen, normalise, self.weighted, self.feature_dim)
+
+# %% ../../nbs/research/hubert.ipynb #3d053cc1
+class HubertTower(HubertParts):
+    "HuBERT, frozen or learning, and a small trainable reader on top."
 
     @torch.no_grad()
-    def prepare(
-        self, features, lengths=None
-    ):  # (B, n, 1) waves, (B,) samples; or what is prepared already
-        "(features (B, T, L * w), lengths (B,) frames): the frozen part. Nothing to do if it was cached, or if the network learns."
-        done = self.frozen is None or features.shape[-1] != 1
-        return (
-            (features, lengths)
-            if done
-            else self.listen(self.frozen.on(features.device), features, lengths)
-        )
+    def prepare(self, features, lengths=None):  # (B, n, 1) waves, (B,) samples; or prepared ones
+        "The frozen part: (features (B, T, L * w), lengths (B,) frames). May have nothing to do."
+        if self.frozen is None or features.shape[-1] != 1:
+            return features, lengths
+        return self.listen(self.frozen.on(features.device), features, lengths)
+
+    def listen(self, network, features, lengths):
+        again = self.checkpointing and self.training
+        return hubert_features(network, features, lengths, self.weighted, again)
 
     def forward(
         self,
@@ -368,10 +341,10 @@ class HubertTower(nn.Module):
 
 # %% ../../nbs/research/hubert.ipynb #d6bc8000
 def rate_factors(
-    tower,  # with .rungs: name prefixes of pretrained parts from the bottom up, empty where nothing of them learns
+    tower,  # with .rungs: name prefixes of pretrained parts from the bottom up, or none
     decay,  # of the learning rate per rung down; 1 = none
 ):
-    "{name of a learning parameter: factor of its learning rate}; the top rung and everything new have factor 1."
+    "{name of a learning parameter: factor of its rate}; the top rung and what is new have 1."
     rungs, factors = getattr(tower, "rungs", []), {}
     for name, parameter in tower.named_parameters():
         height = [height for height, prefixes in enumerate(rungs) if name.startswith(prefixes)]

@@ -1,4 +1,4 @@
-"""Answers to the assignment `queue`: code that runs after the library's own functions and replaces some of them."""
+"""Answers to an assignment: code that runs after the library's own functions and replaces some."""
 
 RIGHT = {  # right, and written differently
     "loops": """
@@ -19,14 +19,20 @@ def ring_slots(pointer, n, size):
     for item in range(n):
         places[(int(pointer) + item) % size] = item
     pairs = sorted((item, slot) for slot, item in places.items())
-    return torch.tensor([item for item, _ in pairs], dtype=torch.long), torch.tensor([slot for _, slot in pairs], dtype=torch.long)
+    return torch.tensor([item for item, _ in pairs], dtype=torch.long), torch.tensor(
+        [slot for _, slot in pairs], dtype=torch.long
+    )
 
 
-def enqueue(self, speech, image, ids, *tokens):
+def enqueue(self, speech, image, ids):
     self.check(speech, image, ids)
     for i in range(len(ids) if self.size else 0):
         slot = int(self.pointer)
-        self.speech[slot], self.image[slot], self.ids[slot] = speech[i].detach(), image[i].detach(), ids[i]
+        self.speech[slot], self.image[slot], self.ids[slot] = (
+            speech[i].detach(),
+            image[i].detach(),
+            ids[i],
+        )
         self.pointer.fill_((slot + 1) % self.size)
 
 
@@ -36,30 +42,26 @@ def filled(self):
 
 
 EmbeddingQueue.enqueue, EmbeddingQueue.filled = enqueue, filled
-
-
-def write(self, speech, mask, image, entries):
-    for i in range(len(entries)):
-        slot = int(self.pointer)
-        tokens = speech[i][mask[i]][: self.mask.shape[1]].detach()  # a mask is True up to the end of a recording
-        self.speech[slot], self.mask[slot] = 0, False
-        self.speech[slot, : len(tokens)], self.mask[slot, : len(tokens)] = half_precision(tokens), True
-        self.image[slot], self.entry[slot] = half_precision(image[i].detach()), entries[i]
-        self.pointer.fill_((slot + 1) % len(self.entry))
-
-
-TokenMemory.write = write
 """,
     "state dict": """
 def update_momentum(teacher, student, momentum):
     if not 0 <= momentum <= 1:
         raise ValueError("momentum")
-    if [(name, one.shape) for name, one in teacher.state_dict().items()] != [(name, one.shape) for name, one in student.state_dict().items()]:
+    if [(name, one.shape) for name, one in teacher.state_dict().items()] != [
+        (name, one.shape) for name, one in student.state_dict().items()
+    ]:
         raise ValueError("not the same network")
     if any(one.dtype in (torch.float16, torch.bfloat16) for one in teacher.parameters()):
         raise ValueError("half precision")
     learnt, now = dict(teacher.named_parameters()), student.state_dict()
-    teacher.load_state_dict({name: momentum * old + (1 - momentum) * now[name].float() if name in learnt else now[name] for name, old in teacher.state_dict().items()})
+    teacher.load_state_dict(
+        {
+            name: momentum * old + (1 - momentum) * now[name].float()
+            if name in learnt
+            else now[name]
+            for name, old in teacher.state_dict().items()
+        }
+    )
 
 
 def ring_slots(pointer, n, size):
@@ -67,7 +69,7 @@ def ring_slots(pointer, n, size):
     return survivors, torch.remainder(survivors + pointer, size)
 
 
-def enqueue(self, speech, image, ids, speech_tokens=None, speech_mask=None, image_tokens=None):
+def enqueue(self, speech, image, ids):
     self.check(speech, image, ids)
     if not self.size:
         return
@@ -85,19 +87,7 @@ def filled(self):
     return tuple(torch.index_select(ring, 0, slots) for ring in (self.speech, self.image, self.ids))
 
 
-def write(self, speech, mask, image, entries):
-    more = self.mask.shape[1] - mask.shape[1]  # a negative number cuts
-    mask = torch.nn.functional.pad(mask, (0, more))
-    speech = torch.nn.functional.pad(speech.detach(), (0, 0, 0, more))
-    speech = torch.where(mask[..., None], speech, torch.zeros_like(speech))
-    which, where = ring_slots(self.pointer, len(entries), len(self.entry))
-    with torch.no_grad():
-        self.speech[where], self.image[where] = half_precision(speech)[which], half_precision(image)[which]
-        self.mask[where], self.entry[where] = mask[which], entries[which]
-    self.pointer.copy_((self.pointer + len(entries)) % len(self.entry))
-
-
-EmbeddingQueue.enqueue, EmbeddingQueue.filled, TokenMemory.write = enqueue, filled, write
+EmbeddingQueue.enqueue, EmbeddingQueue.filled = enqueue, filled
 """,
 }
 
@@ -106,103 +96,146 @@ HEAD = """
 def update_momentum(teacher, student, momentum):
     if not 0 <= momentum <= 1:
         raise ValueError("momentum")
-    parameters, buffers = _paired(teacher, student, "parameters"), _paired(teacher, student, "buffers")
+    parameters, buffers = (
+        _paired(teacher, student, "parameters"),
+        _paired(teacher, student, "buffers"),
+    )
     if any(slow.dtype in (torch.float16, torch.bfloat16) for slow, _ in parameters):
         raise ValueError("half precision")
 """
 ENQUEUE = """
 @torch.no_grad()
-def enqueue(self, speech, image, ids, *tokens):
+def enqueue(self, speech, image, ids):
     self.check(speech, image, ids)
     if self.size == 0:
         return
 """
 
-WRITE = """
-@torch.no_grad()
-def write(self, speech, mask, image, entries):
-    newest, slots = ring_slots(self.pointer, len(entries), len(self.entry))
-    more = self.mask.shape[1] - mask.shape[1]
-    valid = torch.nn.functional.pad(mask, (0, more))
-    tokens = torch.nn.functional.pad(speech, (0, 0, 0, more)).masked_fill(~valid[..., None], 0)
-"""
-LAST = """
-    for ring, values in ((self.speech, half_precision(tokens)), (self.mask, valid), (self.image, half_precision(image)), (self.entry, entries)):
-        ring[slots] = values[newest]
-    self.pointer.copy_((self.pointer + len(entries)) % len(self.entry))
-
-
-TokenMemory.write = write
-"""
-
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
-    "momentum on the wrong term": (HEAD + '''
+    "momentum on the wrong term": (
+        HEAD
+        + """
     for slow, fast in parameters:
         slow.copy_((1 - momentum) * slow + momentum * fast)
     for slow, fast in buffers:
         slow.copy_(fast)
-''', [1, 4, 5], "momentum is on the wrong term"),
-    "replaced, not changed in place": (HEAD + '''
+""",
+        [1, 4, 5],
+        "momentum is on the wrong term",
+    ),
+    "replaced, not changed in place": (
+        HEAD
+        + """
     for slow, fast in parameters:
         slow = momentum * slow + (1 - momentum) * fast
     for slow, fast in buffers:
         slow = fast.clone()
-''', [1, 2, 4, 5], "must be changed in place"),
-    "buffers averaged": (HEAD + '''
+""",
+        [1, 2, 4, 5],
+        "must be changed in place",
+    ),
+    "buffers averaged": (
+        HEAD
+        + """
     for slow, fast in parameters + buffers:
         slow.copy_(momentum * slow + (1 - momentum) * fast)
-''', [2], "Buffers are averaged"),
-    "buffers forgotten": (HEAD + '''
+""",
+        [2],
+        "Buffers are averaged",
+    ),
+    "buffers forgotten": (
+        HEAD
+        + """
     for slow, fast in parameters:
         slow.mul_(momentum).add_(fast, alpha=1 - momentum)
-''', [2], "Buffers are forgotten"),
-    "gradients recorded": (HEAD.replace("@torch.no_grad()\n", "") + '''
+""",
+        [2],
+        "Buffers are forgotten",
+    ),
+    "gradients recorded": (
+        HEAD.replace("@torch.no_grad()\n", "")
+        + """
     for slow, fast in parameters:
         slow.mul_(momentum).add_(fast, alpha=1 - momentum)
     for slow, fast in buffers:
         slow.copy_(fast)
-''', [1], "inside torch.no_grad()"),
-    "the student follows": (HEAD + '''
+""",
+        [1],
+        "inside torch.no_grad()",
+    ),
+    "the student follows": (
+        HEAD
+        + """
     for slow, fast in parameters:
         fast.lerp_(slow.to(fast), 1 - momentum)
     for slow, fast in buffers:
         slow.copy_(fast)
-''', [1, 4, 5], "the student must not be changed"),
-    "in half precision": (HEAD + '''
+""",
+        [1, 4, 5],
+        "the student must not be changed",
+    ),
+    "in half precision": (
+        HEAD
+        + """
     for slow, fast in parameters:
         slow.copy_(momentum * slow.to(fast.dtype) + (1 - momentum) * fast)
     for slow, fast in buffers:
         slow.copy_(fast)
-''', [5], "rounded away in half precision"),
-    "zip stops early": ('''
+""",
+        [5],
+        "rounded away in half precision",
+    ),
+    "zip stops early": (
+        """
 @torch.no_grad()
 def update_momentum(teacher, student, momentum):
     for slow, fast in zip(teacher.parameters(), student.parameters()):
         slow.mul_(momentum).add_(fast, alpha=1 - momentum)
     for slow, fast in zip(teacher.buffers(), student.buffers()):
         slow.copy_(fast)
-''', [3], "is accepted"),
-    "slots off by one": ('''
+""",
+        [3],
+        "is accepted",
+    ),
+    "slots off by one": (
+        """
 def ring_slots(pointer, n, size):
     newest = torch.arange(max(0, n - size), n)
     return newest, (pointer + 1 + newest) % size
-''', [6, 7, 8, 9, 12, 13, 14, 15], "off by one"),
-    "slots not wrapped": ('''
+""",
+        [6, 7, 8, 9, 12, 13],
+        "off by one",
+    ),
+    "slots not wrapped": (
+        """
 def ring_slots(pointer, n, size):
     newest = torch.arange(max(0, n - size), n)
     return newest, pointer + newest
-''', [6, 7, 8, 9, 12, 14, 15], "runs out of the ring"),
-    "the first survive": ('''
+""",
+        [6, 7, 8, 9, 12],
+        "runs out of the ring",
+    ),
+    "the first survive": (
+        """
 def ring_slots(pointer, n, size):
     newest = torch.arange(min(n, size))
     return newest, (pointer + newest) % size
-''', [7, 8, 9, 12, 15], "the last ones must survive"),
-    "survivors moved to the pointer": ('''
+""",
+        [7, 8, 9, 12],
+        "the last ones must survive",
+    ),
+    "survivors moved to the pointer": (
+        """
 def ring_slots(pointer, n, size):
     newest = torch.arange(max(0, n - size), n)
     return newest, (pointer + torch.arange(len(newest))) % size
-''', [7, 8, 9, 12, 15], "item i belongs to slot pointer + i"),
-    "pointer not wrapped": (ENQUEUE + '''
+""",
+        [7, 8, 9, 12],
+        "item i belongs to slot pointer + i",
+    ),
+    "pointer not wrapped": (
+        ENQUEUE
+        + """
     newest, slots = ring_slots(self.pointer, len(ids), self.size)
     for ring, values in ((self.speech, speech), (self.image, image), (self.ids, ids)):
         ring[slots] = values[newest].to(ring)
@@ -210,8 +243,13 @@ def ring_slots(pointer, n, size):
 
 
 EmbeddingQueue.enqueue = enqueue
-''', [9, 12], "pointer runs out of the ring"),
-    "pointer moved by the survivors": (ENQUEUE + '''
+""",
+        [9, 12],
+        "pointer runs out of the ring",
+    ),
+    "pointer moved by the survivors": (
+        ENQUEUE
+        + """
     newest, slots = ring_slots(self.pointer, len(ids), self.size)
     for ring, values in ((self.speech, speech), (self.image, image), (self.ids, ids)):
         ring[slots] = values[newest].to(ring)
@@ -219,8 +257,13 @@ EmbeddingQueue.enqueue = enqueue
 
 
 EmbeddingQueue.enqueue = enqueue
-''', [9, 12], "pointer after 13 items"),
-    "shifted": (ENQUEUE + '''
+""",
+        [9, 12],
+        "pointer after 13 items",
+    ),
+    "shifted": (
+        ENQUEUE
+        + """
     self.speech = torch.cat([self.speech, speech.float()])[-self.size :]
     self.image = torch.cat([self.image, image.float()])[-self.size :]
     self.ids = torch.cat([self.ids, ids.long()])[-self.size :]
@@ -228,8 +271,13 @@ EmbeddingQueue.enqueue = enqueue
 
 
 EmbeddingQueue.enqueue = enqueue
-''', [9, 12, 13], "the entries are shifted"),
-    "speech and image exchanged": (ENQUEUE + '''
+""",
+        [9, 12, 13],
+        "the entries are shifted",
+    ),
+    "speech and image exchanged": (
+        ENQUEUE
+        + """
     newest, slots = ring_slots(self.pointer, len(ids), self.size)
     for ring, values in ((self.image, speech), (self.speech, image), (self.ids, ids)):
         ring[slots] = values[newest].to(ring)
@@ -237,8 +285,13 @@ EmbeddingQueue.enqueue = enqueue
 
 
 EmbeddingQueue.enqueue = enqueue
-''', [10, 12, 13], "Speech and image are exchanged"),
-    "gradients kept": (ENQUEUE.replace("@torch.no_grad()\n", "") + '''
+""",
+        [10, 12, 13],
+        "Speech and image are exchanged",
+    ),
+    "gradients kept": (
+        ENQUEUE.replace("@torch.no_grad()\n", "")
+        + """
     newest, slots = ring_slots(self.pointer, len(ids), self.size)
     for ring, values in ((self.speech, speech), (self.image, image), (self.ids, ids)):
         ring[slots] = values[newest].to(ring)
@@ -246,10 +299,14 @@ EmbeddingQueue.enqueue = enqueue
 
 
 EmbeddingQueue.enqueue = enqueue
-''', [13], "carries a gradient"),
-    "nothing refused": ('''
+""",
+        [13],
+        "carries a gradient",
+    ),
+    "nothing refused": (
+        """
 @torch.no_grad()
-def enqueue(self, speech, image, ids, *tokens):
+def enqueue(self, speech, image, ids):
     if self.size:
         newest, slots = ring_slots(self.pointer, len(ids), self.size)
         for ring, values in ((self.speech, speech), (self.image, image), (self.ids, ids)):
@@ -258,20 +315,15 @@ def enqueue(self, speech, image, ids, *tokens):
 
 
 EmbeddingQueue.enqueue = enqueue
-''', [11], "is accepted"),
-    "empty slots are keys": ('''
+""",
+        [11],
+        "is accepted",
+    ),
+    "empty slots are keys": (
+        """
 EmbeddingQueue.filled = lambda self: (self.speech, self.image, self.ids)
-''', [10, 12], "an empty slot has the id -1"),
-    "garbage kept": (WRITE + '''
-    tokens = torch.nn.functional.pad(speech, (0, 0, 0, more))
-''' + LAST, [14, 15], "a NaN from behind the end"),
-    "multiplied by the mask": (WRITE + '''
-    tokens = torch.nn.functional.pad(speech, (0, 0, 0, more)) * valid[..., None]
-''' + LAST, [14, 15], "do not multiply by it"),
-    "cut at the beginning": (WRITE + '''
-    if more < 0:
-        valid, tokens = mask[:, -more:], speech[:, -more:].masked_fill(~mask[:, -more:, None], 0)
-''' + LAST, [14, 15], "not at the beginning"),
-    "entries forgotten": (WRITE + LAST.replace(", (self.entry, entries))", ")"), [14, 15], "The entries are not written"),
-    "slots of the small ring": (WRITE + LAST.replace("(self.entry, entries)", "(self.entry, slots)").replace("ring[slots] = values[newest]", "ring[slots] = values[newest] if values is not slots else slots"), [14, 15], "slots of the small ring"),
-}  # fmt: skip
+""",
+        [10, 12],
+        "an empty slot has the id -1",
+    ),
+}

@@ -1,4 +1,4 @@
-"""Answers to the assignment `retrieval`: code that runs after the library's own functions and replaces some of them."""
+"""Answers to an assignment: code that runs after the library's own functions and replaces some."""
 
 CHANCE = """
 from math import comb
@@ -16,7 +16,8 @@ RECALL = """
 def recall_at_k(scores, image_of, ks=(1, 5, 10)):
     if scores.dim() != 2 or len(image_of) != len(scores):
         raise ValueError("shapes")
-    if bool(torch.isnan(scores).any()) or bool((image_of < 0).any()) or bool((image_of >= scores.shape[1]).any()):
+    there = (image_of >= 0) & (image_of < scores.shape[1])
+    if torch.isnan(scores).any() or not there.all():
         raise ValueError("values")
     answers = {"speech_to_image": [], "image_to_speech": []}
     for row, owner in zip(scores, image_of):
@@ -25,7 +26,12 @@ def recall_at_k(scores, image_of, ks=(1, 5, 10)):
         mine = (image_of == image).nonzero().flatten().tolist()
         if mine:
             answers["image_to_speech"].append(counted(scores[:, image], mine))
-    return {way: {k: 100 * float(hit_probability(*torch.tensor(counts).T, k).double().mean()) for k in ks} for way, counts in answers.items()}
+    return {
+        way: {
+            k: 100 * float(hit_probability(*torch.tensor(counts).T, k).double().mean()) for k in ks
+        }
+        for way, counts in answers.items()
+    }
 
 
 def counted(row, right):
@@ -45,7 +51,9 @@ def rerank(coarse, score_pairs, k, mode="sim", chunk=8192):
     for query, row in enumerate(coarse):
         order = row.argsort(descending=True, stable=True)
         chosen, others = order[:k], order[k:]
-        fine = torch.cat([score_pairs(torch.full_like(some, query), some) for some in chosen.split(chunk)]).float()
+        fine = torch.cat(
+            [score_pairs(torch.full_like(some, query), some) for some in chosen.split(chunk)]
+        ).float()
         if mode == "sum":
             fine = fine + row[chosen].float()
         if not fine.isfinite().all():
@@ -74,7 +82,9 @@ def hit_probability(above, tied, positive, k):
     free = torch.minimum((k - above).clamp(min=0), tied).double()
     log = lambda n, r: torch.lgamma(n + 1.0) - torch.lgamma(r + 1.0) - torch.lgamma(n - r + 1.0)
     wrong = (tied - positive).double()
-    miss = torch.where(free > wrong, 0.0, (log(wrong, torch.minimum(free, wrong)) - log(tied.double(), free)).exp())
+    miss = torch.where(
+        free > wrong, 0.0, (log(wrong, torch.minimum(free, wrong)) - log(tied.double(), free)).exp()
+    )
     return 1 - miss
 
 
@@ -126,44 +136,246 @@ def rerank(coarse, score_pairs, k, mode="sim", chunk=8192):
 }
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
-    "ties won": ('''
+    "ties won": (
+        """
 def hit_probability(above, tied, positive, k):
     return (above < k).double()
-''', [1, 2, 3, 6, 7], "as if the right answer came first"),
-    "ties lost": ('''
+""",
+        [1, 2, 3, 6, 7],
+        "as if the right answer came first",
+    ),
+    "ties lost": (
+        """
 def hit_probability(above, tied, positive, k):
     return (above + tied - positive < k).double()
-''', [1, 2, 3, 6, 7], "as if the right answer came last"),
-    "with replacement": ('''
+""",
+        [1, 2, 3, 6, 7],
+        "as if the right answer came last",
+    ),
+    "with replacement": (
+        """
 def hit_probability(above, tied, positive, k):
     places = (k - above).clamp(min=0).minimum(tied)
     return 1 - (1 - positive / tied) ** places
-''', [1, 2, 3, 6, 7], "draws with replacement"),
-    "overflow": ('''
+""",
+        [1, 2, 3, 6, 7],
+        "draws with replacement",
+    ),
+    "overflow": (
+        """
 def hit_probability(above, tied, positive, k):
     places = (k - above).clamp(min=0).minimum(tied)
     whole = lambda n: torch.tensor([float(torch.arange(1, int(x) + 1).double().prod()) for x in n])
-    misses = whole(tied - positive) / whole((tied - positive - places).clamp(min=0)) / (whole(tied) / whole(tied - places))
+    misses = (
+        whole(tied - positive)
+        / whole((tied - positive - places).clamp(min=0))
+        / (whole(tied) / whole(tied - places))
+    )
     return 1 - torch.where(places > tied - positive, 0.0, misses)
-''', [2], "NaN"),
-    "sorted": (changed(RECALL, ("    return int((row > best).sum()), int((row == best).sum()), int((row[right] == best).sum())", "    order = (-row.double()).argsort(stable=True).tolist()\n    return min(order.index(place) for place in right), 1, 1")), [3, 6, 7], "broken by the place in the matrix"),
-    "ties won in recall": (changed(RECALL, ("int((row == best).sum()), int((row[right] == best).sum())", "1, 1")), [3, 6, 7], "as if the right answer came first"),
-    "each caption asks": (changed(RECALL, ('            answers["image_to_speech"].append(counted(scores[:, image], mine))', '            answers["image_to_speech"] += [counted(scores[:, image], [one]) for one in mine]')), [3, 4, 6, 7], "Each caption asks for itself"),
-    "silent pictures ask": (changed(RECALL, ("        if mine:\n            answers", "        if not mine:\n            answers['image_to_speech'].append((len(scores), 1, 1))\n        else:\n            answers")), [3, 4, 6, 7], "A picture without recordings asks, too"),
+""",
+        [2],
+        "NaN",
+    ),
+    "sorted": (
+        changed(
+            RECALL,
+            (
+                (
+                    "    return int((row > best).sum()), int((row == best).sum()), "
+                    "int((row[right] == best).sum())"
+                ),
+                (
+                    "    order = (-row.double()).argsort(stable=True).tolist()\n"
+                    "    return min(order.index(place) for place in right), 1, 1"
+                ),
+            ),
+        ),
+        [3, 6, 7],
+        "broken by the place in the matrix",
+    ),
+    "ties won in recall": (
+        changed(RECALL, ("int((row == best).sum()), int((row[right] == best).sum())", "1, 1")),
+        [3, 6, 7],
+        "as if the right answer came first",
+    ),
+    "each caption asks": (
+        changed(
+            RECALL,
+            (
+                '            answers["image_to_speech"].append(counted(scores[:, image], mine))',
+                (
+                    '            answers["image_to_speech"] += [counted(scores[:, image], '
+                    "[one]) for one in mine]"
+                ),
+            ),
+        ),
+        [3, 4, 6, 7],
+        "Each caption asks for itself",
+    ),
+    "silent pictures ask": (
+        changed(
+            RECALL,
+            (
+                "        if mine:\n            answers",
+                (
+                    "        if not mine:\n"
+                    "            answers['image_to_speech'].append((len(scores), 1, 1))\n"
+                    "        else:\n            answers"
+                ),
+            ),
+        ),
+        [3, 4, 6, 7],
+        "A picture without recordings asks, too",
+    ),
     "a share": (changed(RECALL, ("100 * ", "")), [3, 4, 6, 7], "take percent"),
-    "NaN is a score": (changed(RECALL, ("bool(torch.isnan(scores).any()) or ", "")), [5], "is accepted"),
-    "NaN is best": (changed(RECALL, ("bool(torch.isnan(scores).any()) or ", ""), ("def counted(row, right):", "def counted(row, right):\n    row = row.double().nan_to_num(torch.inf)")), [5], "is accepted"),
-    "minus a hundred": (changed(RERANK, ("final[query, same] = fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "final[query, same] = -100 - level")), [8, 12], "begin below the worst candidate"),
-    "all the same": (changed(RERANK, ("fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "fine.min() - 1000")), [8, 11, 12], "does not keep the coarse order"),
-    "minus infinity": (changed(RERANK, ("fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "-torch.inf")), [8, 11, 12], "no finite score"),
-    "coarse scores stay": (changed(RERANK, ("fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "float(value)")), [8, 11, 12], "gets past one of them"),
-    "a step of 1": (changed(RERANK, ("level * max(1.0, abs(float(fine.min())) / 1000)", "level")), [12], "too small to count"),
-    "ties undone": (changed(RERANK, ("        for level, value in enumerate(levels, 1):\n            same = others[row[others] == value]\n            final[query, same]", "        for level, one in enumerate(others.tolist(), 1):\n            final[query, one]")), [11], "had equal coarse scores"),
-    "k too large": (changed(RERANK, ("    k = min(k, n)\n", ""), ("chosen, others = order[:k], order[k:]", "chosen, others = order[: len(row.topk(k).indices)], order[k:]")), [10], "it means all of it"),
-    "the last of equals": (changed(RERANK, ("row.argsort(descending=True, stable=True)", "n - 1 - row.flip(0).argsort(descending=True, stable=True)")), [11], "the lower index comes first"),
-    "candidates pooled": (changed(RERANK, ("        chosen, others = order[:k], order[k:]", "        chosen = coarse.argsort(dim=1, descending=True, stable=True)[:, :k].unique()\n        others = order[~torch.isin(order, chosen)]")), [8, 9, 11, 13], "candidates of another query are judged"),
-    "mode ignored": (changed(RERANK, ('if mode == "sum":', "if False:")), [9, 11], "The coarse scores are forgotten"),
-    "fine NaN is best": (changed(RERANK, ("        if not fine.isfinite().all():\n            raise ValueError(\"not finite\")\n", "        fine = fine.nan_to_num(1e6)\n")), [10], "is accepted"),
-    "everybody judged": (changed(RERANK, ("chosen.split(chunk)", "chosen.split(n)"), ("final = coarse.float().clone()", "final = coarse.float().clone()\n    score_pairs(*torch.cartesian_prod(torch.arange(len(coarse)), torch.arange(n)).T)")), [9, 13], "pairs at once"),
-    "half precision": (changed(RERANK, ("return final", "return final.to(coarse.dtype)")), [12], "lose their order in half precision"),
-}  # fmt: skip
+    "NaN is a score": (
+        changed(RECALL, ("torch.isnan(scores).any() or ", "")),
+        [5],
+        "is accepted",
+    ),
+    "NaN is best": (
+        changed(
+            RECALL,
+            ("torch.isnan(scores).any() or ", ""),
+            (
+                "def counted(row, right):",
+                "def counted(row, right):\n    row = row.double().nan_to_num(torch.inf)",
+            ),
+        ),
+        [5],
+        "is accepted",
+    ),
+    "minus a hundred": (
+        changed(
+            RERANK,
+            (
+                "final[query, same] = fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)",
+                "final[query, same] = -100 - level",
+            ),
+        ),
+        [8, 12],
+        "begin below the worst candidate",
+    ),
+    "all the same": (
+        changed(
+            RERANK,
+            ("fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "fine.min() - 1000"),
+        ),
+        [8, 11, 12],
+        "does not keep the coarse order",
+    ),
+    "minus infinity": (
+        changed(
+            RERANK, ("fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "-torch.inf")
+        ),
+        [8, 11, 12],
+        "no finite score",
+    ),
+    "coarse scores stay": (
+        changed(
+            RERANK, ("fine.min() - level * max(1.0, abs(float(fine.min())) / 1000)", "float(value)")
+        ),
+        [8, 11, 12],
+        "gets past one of them",
+    ),
+    "a step of 1": (
+        changed(RERANK, ("level * max(1.0, abs(float(fine.min())) / 1000)", "level")),
+        [12],
+        "too small to count",
+    ),
+    "ties undone": (
+        changed(
+            RERANK,
+            (
+                (
+                    "        for level, value in enumerate(levels, 1):\n"
+                    "            same = others[row[others] == value]\n"
+                    "            final[query, same]"
+                ),
+                (
+                    "        for level, one in enumerate(others.tolist(), 1):\n"
+                    "            final[query, one]"
+                ),
+            ),
+        ),
+        [11],
+        "had equal coarse scores",
+    ),
+    "k too large": (
+        changed(
+            RERANK,
+            ("    k = min(k, n)\n", ""),
+            (
+                "chosen, others = order[:k], order[k:]",
+                "chosen, others = order[: len(row.topk(k).indices)], order[k:]",
+            ),
+        ),
+        [10],
+        "it means all of it",
+    ),
+    "the last of equals": (
+        changed(
+            RERANK,
+            (
+                "row.argsort(descending=True, stable=True)",
+                "n - 1 - row.flip(0).argsort(descending=True, stable=True)",
+            ),
+        ),
+        [11],
+        "the lower index comes first",
+    ),
+    "candidates pooled": (
+        changed(
+            RERANK,
+            (
+                "        chosen, others = order[:k], order[k:]",
+                (
+                    "        chosen = coarse.argsort(dim=1, descending=True, stable=True)[:, "
+                    ":k].unique()\n        others = order[~torch.isin(order, chosen)]"
+                ),
+            ),
+        ),
+        [8, 9, 11, 13],
+        "candidates of another query are judged",
+    ),
+    "mode ignored": (
+        changed(RERANK, ('if mode == "sum":', "if False:")),
+        [9, 11],
+        "The coarse scores are forgotten",
+    ),
+    "fine NaN is best": (
+        changed(
+            RERANK,
+            (
+                (
+                    "        if not fine.isfinite().all():\n"
+                    '            raise ValueError("not finite")\n'
+                ),
+                "        fine = fine.nan_to_num(1e6)\n",
+            ),
+        ),
+        [10],
+        "is accepted",
+    ),
+    "everybody judged": (
+        changed(
+            RERANK,
+            ("chosen.split(chunk)", "chosen.split(n)"),
+            (
+                "final = coarse.float().clone()",
+                (
+                    "final = coarse.float().clone()\n"
+                    "    score_pairs(*torch.cartesian_prod(torch.arange(len(coarse)), "
+                    "torch.arange(n)).T)"
+                ),
+            ),
+        ),
+        [9, 13],
+        "pairs at once",
+    ),
+    "half precision": (
+        changed(RERANK, ("return final", "return final.to(coarse.dtype)")),
+        [12],
+        "lose their order in half precision",
+    ),
+}

@@ -1,4 +1,4 @@
-"""Answers to the assignment `speech`: code that runs after the library's own functions and replaces some of them."""
+"""Answers to an assignment: code that runs after the library's own functions and replaces some."""
 
 RIGHT = {  # right, and written differently
     "loops": """
@@ -31,7 +31,9 @@ def masked_norm(self, x, mask):
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
-    return ((x - mean) / (var + self.eps).sqrt() * self.weight + self.bias).masked_fill(~inside, 0.0)
+    return ((x - mean) / (var + self.eps).sqrt() * self.weight + self.bias).masked_fill(
+        ~inside, 0.0
+    )
 
 
 MaskedBatchNorm.forward = masked_norm
@@ -57,13 +59,27 @@ def peak(tokens, mask):
 def frame_mask(lengths, x):
     if lengths is None:
         lengths = [x.shape[1]] * x.shape[0]
-    return torch.stack([torch.cat([torch.ones(int(n)), torch.zeros(x.shape[1] - int(n))]) for n in lengths]) == 1
+    return (
+        torch.stack(
+            [torch.cat([torch.ones(int(n)), torch.zeros(x.shape[1] - int(n))]) for n in lengths]
+        )
+        == 1
+    )
 
 
 def masked_norm(self, x, mask):
     out, rows = torch.zeros_like(x), x[mask]
     training = self.training and rows.shape[0] > 1
-    out[mask] = nn.functional.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps)
+    out[mask] = nn.functional.batch_norm(
+        rows,
+        self.running_mean,
+        self.running_var,
+        self.weight,
+        self.bias,
+        training,
+        self.momentum,
+        self.eps,
+    )
     return out
 
 
@@ -75,7 +91,8 @@ NORM = """
 def masked_norm(self, x, mask):
     rows = x[mask]
     {single}
-        rows = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        mean, var = self.running_mean, self.running_var
+        rows = F.batch_norm(rows, mean, var, self.weight, self.bias, False, 0.0, self.eps)
     else:
         rows = nn.BatchNorm1d.forward(self, rows)
     return {result}
@@ -101,43 +118,76 @@ STEPS = {
 }
 
 WRONG = {  # name: (code, numbers of the checks that it must fail, part of a message)
-    "one frame more": ('''
+    "one frame more": (
+        """
 def frame_mask(lengths, x):
     positions = torch.arange(x.shape[1])
-    return positions <= lengths[:, None] if lengths is not None else torch.ones(x.shape[:2], dtype=torch.bool)
-''', [1, 2], "one frame too many"),
-    "the other way round": ('''
+    return (
+        positions <= lengths[:, None]
+        if lengths is not None
+        else torch.ones(x.shape[:2], dtype=torch.bool)
+    )
+""",
+        [1, 2],
+        "one frame too many",
+    ),
+    "the other way round": (
+        """
 def frame_mask(lengths, x):
     positions = torch.arange(x.shape[1])
-    return positions >= lengths[:, None] if lengths is not None else torch.ones(x.shape[:2], dtype=torch.bool)
-''', [1, 2], "True means that a frame counts"),
-    "lengths needed": ('''
+    return (
+        positions >= lengths[:, None]
+        if lengths is not None
+        else torch.ones(x.shape[:2], dtype=torch.bool)
+    )
+""",
+        [1, 2],
+        "True means that a frame counts",
+    ),
+    "lengths needed": (
+        """
 def frame_mask(lengths, x):
     return torch.arange(x.shape[1]) < lengths[:, None]
-''', [1, 2], "TypeError"),
-    "ones and zeros": ('''
+""",
+        [1, 2],
+        "TypeError",
+    ),
+    "ones and zeros": (
+        """
 def frame_mask(lengths, x):
     if lengths is None:
         return torch.ones(x.shape[:2])
     return (torch.arange(x.shape[1]) < lengths[:, None]).float()
-''', [1, 2], "should be torch.bool"),
-    "plain batch norm": ('''
+""",
+        [1, 2],
+        "should be torch.bool",
+    ),
+    "plain batch norm": (
+        """
 def plain_norm(self, x, mask):
     x = nn.BatchNorm1d.forward(self, x.transpose(1, 2)).transpose(1, 2)
     return clean(x, mask)
 
 
 MaskedBatchNorm.forward = plain_norm
-''', [3, 4, 5, 6, 7, 9, 11], "take statistics from valid frames alone"),
-    "padding zero, and counted": ('''
+""",
+        [3, 4, 5, 6, 7, 9, 11],
+        "take statistics from valid frames alone",
+    ),
+    "padding zero, and counted": (
+        """
 def plain_norm(self, x, mask):
     x = nn.BatchNorm1d.forward(self, clean(x, mask).transpose(1, 2)).transpose(1, 2)
     return clean(x, mask)
 
 
 MaskedBatchNorm.forward = plain_norm
-''', [3, 4, 5, 6, 7, 9, 11], "the zero counts"),
-    "multiplied by the mask": ('''
+""",
+        [3, 4, 5, 6, 7, 9, 11],
+        "the zero counts",
+    ),
+    "multiplied by the mask": (
+        """
 def times_mask(self, x, mask):
     inside, n = mask.unsqueeze(-1).float(), mask.sum()
     mean, var = self.running_mean, self.running_var
@@ -151,13 +201,44 @@ def times_mask(self, x, mask):
 
 
 MaskedBatchNorm.forward = times_mask
-''', [3, 7], "there is a NaN"),
-    "one frame refused": (NORM.format(single="if False:", result="rows.new_zeros(x.shape).masked_scatter(mask[..., None], rows)"), [5, 11], "Expected more than 1 value"),
-    "one frame normalised": (NORM.format(single="if self.training and len(rows) == 1:\n        rows = 0 * rows\n    elif False:", result="rows.new_zeros(x.shape).masked_scatter(mask[..., None], rows)"),
-                             [5], "one frame has no variance"),
-    "padding as it was": (NORM.format(single="if self.training and len(rows) == 1:", result="x.masked_scatter(mask[..., None], rows)"), [3, 4, 5, 6, 7, 8, 9, 10, 11], "should be 0"),
-    "padding holds the bias": (NORM.format(single="if self.training and len(rows) == 1:", result="self.bias.expand(x.shape).masked_scatter(mask[..., None], rows)"), [6], "Padding holds the bias"),
-    "statistics cut off, and standing still": ('''
+""",
+        [3, 7],
+        "there is a NaN",
+    ),
+    "one frame refused": (
+        NORM.format(
+            single="if False:",
+            result="rows.new_zeros(x.shape).masked_scatter(mask[..., None], rows)",
+        ),
+        [5, 11],
+        "Expected more than 1 value",
+    ),
+    "one frame normalised": (
+        NORM.format(
+            single="if self.training and len(rows) == 1:\n        rows = 0 * rows\n    elif False:",
+            result="rows.new_zeros(x.shape).masked_scatter(mask[..., None], rows)",
+        ),
+        [5],
+        "one frame has no variance",
+    ),
+    "padding as it was": (
+        NORM.format(
+            single="if self.training and len(rows) == 1:",
+            result="x.masked_scatter(mask[..., None], rows)",
+        ),
+        [3, 4, 5, 6, 7, 8, 9, 10, 11],
+        "should be 0",
+    ),
+    "padding holds the bias": (
+        NORM.format(
+            single="if self.training and len(rows) == 1:",
+            result="self.bias.expand(x.shape).masked_scatter(mask[..., None], rows)",
+        ),
+        [6],
+        "Padding holds the bias",
+    ),
+    "statistics cut off, and standing still": (
+        """
 def own_norm(self, x, mask):
     rows = x[mask]
     mean, var = self.running_mean, self.running_var
@@ -168,34 +249,100 @@ def own_norm(self, x, mask):
 
 
 MaskedBatchNorm.forward = own_norm
-''', [4, 6, 7], "in training they move on"),
-    "halves rounded": (BLOCK.format(**STEPS | {"mask": "torch.stack([torch.arange((x.shape[1] + 1) // 2) < round(int(n) / 2) for n in mask.sum(1)])"}), [8, 10, 11], "Halves were rounded down"),
-    "the other half": (BLOCK.format(**STEPS | {"mask": "F.pad(mask, (0, 1))[:, 1::2][:, : (x.shape[1] + 1) // 2]"}), [8, 10, 11], "Halves were rounded down"),
-    "norms count padding": (BLOCK.format(**STEPS | {
-        "first": "F.gelu(self.norm_down(self.over_time(self.down, x), torch.ones_like(short)))",
-        "second": "clean(F.gelu(self.norm_same(self.over_time(self.same, first), torch.ones_like(short))), short)", "result": "clean(first, short) + second",
-    }), [9, 10], "padding counts in a norm"),
+""",
+        [4, 6, 7],
+        "in training they move on",
+    ),
+    "halves rounded": (
+        BLOCK.format(
+            **STEPS
+            | {
+                "mask": (
+                    "torch.stack([torch.arange((x.shape[1] + 1) // 2) < round(int(n) / 2) "
+                    "for n in mask.sum(1)])"
+                )
+            }
+        ),
+        [8, 10, 11],
+        "Halves were rounded down",
+    ),
+    "the other half": (
+        BLOCK.format(
+            **STEPS | {"mask": "F.pad(mask, (0, 1))[:, 1::2][:, : (x.shape[1] + 1) // 2]"}
+        ),
+        [8, 10, 11],
+        "Halves were rounded down",
+    ),
+    "norms count padding": (
+        BLOCK.format(
+            **STEPS
+            | {
+                "first": (
+                    "F.gelu(self.norm_down(self.over_time(self.down, x), torch.ones_like(short)))"
+                ),
+                "second": (
+                    "clean(F.gelu(self.norm_same(self.over_time(self.same, first), "
+                    "torch.ones_like(short))), short)"
+                ),
+                "result": "clean(first, short) + second",
+            }
+        ),
+        [9, 10],
+        "padding counts in a norm",
+    ),
     "no short cut": (BLOCK.format(**STEPS | {"result": "second"}), [10], "short cut is missing"),
-    "no second GELU": (BLOCK.format(**STEPS | {"second": "self.norm_same(self.over_time(self.same, first), short)"}), [10], "GELU of the second step is missing"),
-    "no norms": (BLOCK.format(**STEPS | {
-        "first": "clean(F.gelu(self.over_time(self.down, x)), short)", "second": "clean(F.gelu(self.over_time(self.same, first)), short)",
-    }), [10], "Both norms are missing"),
-    "mean": ('''
+    "no second GELU": (
+        BLOCK.format(
+            **STEPS | {"second": "self.norm_same(self.over_time(self.same, first), short)"}
+        ),
+        [10],
+        "GELU of the second step is missing",
+    ),
+    "no norms": (
+        BLOCK.format(
+            **STEPS
+            | {
+                "first": "clean(F.gelu(self.over_time(self.down, x)), short)",
+                "second": "clean(F.gelu(self.over_time(self.same, first)), short)",
+            }
+        ),
+        [10],
+        "Both norms are missing",
+    ),
+    "mean": (
+        """
 def peak(tokens, mask):
     if mask is None:
         return tokens.mean(1)
     return clean(tokens, mask).sum(1) / mask.sum(1, keepdim=True)
-''', [12, 13, 14], "This is the mean"),
-    "peak below zero": ('''
+""",
+        [12, 13, 14],
+        "This is the mean",
+    ),
+    "peak below zero": (
+        """
 def peak(tokens, mask):
-    return tokens.amax(1) if mask is None else tokens.masked_fill(~mask[..., None], -torch.inf).amax(1)
-''', [12, 13, 14], "at least 0"),
-    "padding is the peak": ('''
+    return (
+        tokens.amax(1) if mask is None else tokens.masked_fill(~mask[..., None], -torch.inf).amax(1)
+    )
+""",
+        [12, 13, 14],
+        "at least 0",
+    ),
+    "padding is the peak": (
+        """
 def peak(tokens, mask):
     return tokens.amax(1).relu()
-''', [12, 13, 14], "Padding is the peak"),
-    "peak times mask": ('''
+""",
+        [12, 13, 14],
+        "Padding is the peak",
+    ),
+    "peak times mask": (
+        """
 def peak(tokens, mask):
     return (tokens if mask is None else tokens * mask[..., None]).amax(1).relu()
-''', [13, 14], "NaN"),
-}  # fmt: skip
+""",
+        [13, 14],
+        "NaN",
+    ),
+}
