@@ -78,6 +78,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'speechimg.cli.settings': ('research/cli.html#settings', 'speechimg/cli.py'),
                                'speechimg.cli.several': ('research/cli.html#several', 'speechimg/cli.py'),
                                'speechimg.cli.speak_plainly': ('research/cli.html#speak_plainly', 'speechimg/cli.py'),
+                               'speechimg.cli.swaps': ('research/cli.html#swaps', 'speechimg/cli.py'),
                                'speechimg.cli.table': ('research/cli.html#table', 'speechimg/cli.py'),
                                'speechimg.cli.writable': ('research/cli.html#writable', 'speechimg/cli.py')},
             'speechimg.core': { 'speechimg.core.Config': ('research/core.html#config', 'speechimg/core.py'),

@@ -102,9 +102,8 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
         ("stamps", "stamps_en (all)"),
         ("stamps", "stamps_en (nouns)"),
     }
-    assert (
-        len(figures) == 3 * (3 * 4 + 2 * 2)
-    )  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
+    # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
+    assert len(figures) == 3 * (3 * 4 + 2 * 2)
     assert card.text.count("| fine |") == 3 * 2 + 2
     make(run=RUN | {"evaluations": {"voice": RUN["evaluations"]["test"]}}).save_pretrained(tmp_path)
     assert {
