@@ -13,9 +13,9 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 import notebooks
 
-INSTALL = """from importlib.util import find_spec
-
-if find_spec("speechimg") is None:
+INSTALL = """try:
+    import speechimg
+except ImportError:
     %pip install -q speechimg
 """
 pytestmark = pytest.mark.slow
