@@ -296,10 +296,7 @@ def make_alignment(model, config, features):  # Features of train
 
 def with_token_queue(model, features):
     "The variant on the research shelf: its queue has room for the tokens of the longest recording."
-    try:
-        from speechimg.run.queue_negatives import QueueAlignment
-    except ImportError:
-        QueueAlignment = Alignment
+    from speechimg.run.queue_negatives import QueueAlignment
 
     longest = int(features.lengths.argmax())
     with torch.no_grad():
