@@ -436,7 +436,7 @@ def test_vectors_from_files_equal_those_of_retrieval(miniature, towers, batch_si
 
 
 def test_more_than_the_memory_of_one_round_keeps_its_order(miniature):
-    "16 batches are held at a time: 20 recordings in batches of one are two rounds. Mutant: written in the order of their lengths."
+    "20 recordings in batches of one are two rounds. Mutant: in the order of their lengths."
     model, corpus = make(), load_corpus(miniature, "val")
     waves = [corpus.load_wave(place) for place in range(len(corpus.captions))]
     one_by_one = np.concatenate([model.embed_speech([wave], progress=False) for wave in waves])
