@@ -32,10 +32,9 @@ from speechimg.core import Config, InputError, read_json
 from speechimg.data import Batch, speech_mask
 from speechimg.files.cache import sha256
 from speechimg.model import SpeechImageModel
-from speechimg.run.checkpoints import COLUMNS
+from speechimg.run.checkpoints import COLUMNS, checkpoints
 from speechimg.train import (
     batches,
-    checkpoints,
     latest_checkpoint,
     learning_rate,
     make_optimizer,
