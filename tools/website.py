@@ -130,7 +130,9 @@ def write_reference(root: Path, folder: Path, homes: dict) -> None:
         rows.append(f"| [{name}]({name}.md) | {summary(path)} |\n")
     tree = "```{toctree}\n:hidden:\n\n" + "\n".join(homes) + "\n```\n"
     head = "# The library\n\n| module | the idea |\n|---|---|\n"
-    (folder / "index.md").write_text(f"{head}{''.join(rows)}\n{tree}", encoding="utf-8")
+    (folder / "index").with_suffix(".md").write_text(
+        f"{head}{''.join(rows)}\n{tree}", encoding="utf-8"
+    )
 
 
 def write_measured(root: Path, folder: Path) -> list[str]:
