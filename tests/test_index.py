@@ -152,18 +152,20 @@ def test_published_commands_for_eight_gpus_do_not_cut_a_step(root):
     "A config for one GPU is cut into micro-batches; eight processes hold the same 32 pairs uncut."
     from speechimg.core import Config
 
-    found = 0
-    for path in [root / "README.md", *sorted((root / "nbs").rglob("*.ipynb"))]:
-        for start, name, rest in re.findall(
-            r"torchrun --nproc-per-node (\d+) [^\n]*--config (\S+)([^\n]*)", path.read_text()
-        ):
+    found, command = 0, r"torchrun --nproc-per-node (\d+) [^\n]*--config (\S+)([^\n]*)"
+    texts = {"README.md": (root / "README.md").read_text(encoding="utf-8")}
+    for path in notebooks.paths(root):
+        cells = notebooks.read(path)["cells"]
+        texts[path.name] = "\n".join(notebooks.source(cell) for cell in cells)
+    for place, text in texts.items():
+        for start, name, rest in re.findall(command, re.sub(r"\\\n\s*", "", text)):
             config = Config.load(name)
             cut = re.search(r"--set accumulate=(\d+)", rest)
             assert (
                 config.batch_size // int(cut[1] if cut else config.accumulate) // int(start)
                 == config.batch_size // config.accumulate
                 == 32
-            ), (path.name, name)
+            ), (place, name)
             found += 1
     assert found == 6
 
