@@ -15,6 +15,7 @@ from miniature import draw, image_bytes, make_corpus, make_files, write_files
 from oracles import BOTH, caught, every_order, loop_recall, loop_rerank
 from torch import nn
 from torch.testing import assert_close
+from toys import Ears, LinearTower, tiny_model
 
 import speechimg.retrieval as room
 from speechimg.attention import Encoded
@@ -486,18 +487,6 @@ def test_the_rest_is_strictly_below_and_keeps_ties(rows, k, seed):
 # a real, tiny model
 
 
-class Ears:
-    "Front end: mean loudness in eight bands, a frame every 50 ms."
-
-    params, feature_dim = "toy ears 2", 8
-
-    def __call__(self, wave):
-        frames = np.asarray(wave)[: len(wave) // 800 * 800].reshape(-1, 800)
-        return np.log1p(
-            np.abs(np.fft.rfft(frames))[:, :400].reshape(len(frames), 8, 50).mean(-1)
-        ).astype(np.float16)
-
-
 class Eyes:
     "Front end: 4 x 4 colours, as pixels of 8 bits."
 
@@ -507,26 +496,11 @@ class Eyes:
         return np.array(picture.resize((4, 4))).reshape(16, 3)
 
 
-class Tower(nn.Module):
-    "A linear layer, dropout, and the mean of the valid tokens as [CLS]."
-
-    def __init__(self, front_end, width):
-        super().__init__()
-        self.front_end, self.width = front_end, width
-        self.linear, self.drop = nn.Linear(front_end.feature_dim, width), nn.Dropout(0.5)
-
-    def forward(self, features, lengths=None):
-        lengths = torch.full((len(features),), features.shape[1]) if lengths is None else lengths
-        mask = speech_mask(lengths, features.shape[1])
-        tokens = self.drop(self.linear(features)).masked_fill(~mask[..., None], 0.0)
-        cls = tokens.sum(1, keepdim=True) / lengths[:, None, None]
-        return Encoded(torch.cat([cls, tokens], 1), torch.cat([mask[:, :1], mask], 1))
-
-
-def tiny_model(mode="sim", seed=0):
+def toy_model(mode="sim", seed=0):
     torch.manual_seed(seed)
     config = Config(width=12, dim=6, heads=2, fusion_depth=1, score_mode=mode)
-    return SpeechImageModel(config, Tower(Ears(), 12), Tower(Eyes(), 12)).eval()
+    towers = (LinearTower(0.5, front_end, 12) for front_end in (Ears(800), Eyes()))
+    return SpeechImageModel(config, *towers).eval()
 
 
 @pytest.fixture(scope="module")
@@ -537,7 +511,7 @@ def corpus_path(tmp_path_factory):
 @pytest.fixture
 def mini(corpus_path, fresh_cache):
     "Model, corpus, features, trials."
-    model, corpus = tiny_model(), load_corpus(corpus_path, "test")
+    model, corpus = toy_model(), load_corpus(corpus_path, "test")
     features = load_features(model, corpus)
     return SimpleNamespace(
         path=corpus_path,
@@ -678,7 +652,7 @@ def test_swapped_directions_are_caught(mini):
 
 @pytest.mark.parametrize("mode", ["sim", "sum", "logits"])
 def test_two_stages_follow_the_config(mini, mode):
-    model = tiny_model(mode)
+    model = toy_model(mode)
     model.temperature.data.fill_(0.02)
     embeddings = embed(model, mini.features)
     coarse, fine = two_stages(model, embeddings, 4)
@@ -813,7 +787,7 @@ def test_zero_shot_counts_galleries_and_nouns(tmp_path, fresh_cache):
                 ("en", "fr")[place] if number else "fr"
             )  # picture 0 has no English
     files["all.json"] = json.dumps(data).encode()
-    path, model = write_files(tmp_path / "foreign", files), tiny_model()
+    path, model = write_files(tmp_path / "foreign", files), toy_model()
     wanted = data["data"][3]["concepts"][0]
     asked = sum(wanted in entry["concepts"] for entry in data["data"][1:])
     found = evaluate_corpus(model, path, "all", "en", nouns=[wanted], rerank=3)
@@ -837,11 +811,7 @@ def test_load_model_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="nowhere: holds no model"):
         load_model("nowhere")
     folder = tmp_path / "models" / "mine"
-    small = SpeechImageModel(
-        Config(
-            towers="small", width=16, dim=8, heads=2, fusion_depth=1, speech_depth=1, image_depth=1
-        )
-    )
+    small = tiny_model(towers="small")
     small.save_pretrained(folder)
     assert all(
         torch.equal(one, small.state_dict()[name])
@@ -884,7 +854,9 @@ def test_search_in_a_folder_of_pictures(tmp_path, fresh_cache, mini):
     assert hits == search(mini.model, wave, folder.parent, top=3, rerank=2), (
         "a folder and its opened gallery answer alike"
     )
-    embeddings = embed(mini.model, SimpleNamespace(speech=[Ears()(wave)], image=[], image_of=None))
+    embeddings = embed(
+        mini.model, SimpleNamespace(speech=[Ears(800)(wave)], image=[], image_of=None)
+    )
     for hit in hits:
         assert (
             abs(hit.coarse - (embeddings.speech[0] @ gallery[1].image[hit.picture]).item()) < 1e-5
