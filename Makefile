@@ -68,7 +68,7 @@ reference: install ## train the reference model again (at most an hour on two co
 	@$(PY) -m speechimg.cli train --corpus scenes --config data/models/reference/train.json --out runs/reference
 	@$(PY) experiments/publish.py runs/reference data/models/reference
 
-small: install ## train the small model from scratch again (about half an hour)
+small: install ## train the small model from scratch again (about an hour on two cores)
 	@$(PY) -m speechimg.cli train --corpus scenes --config data/models/small/train.json --out runs/small
 	@$(PY) experiments/publish.py runs/small data/models/small
 

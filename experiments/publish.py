@@ -7,6 +7,7 @@ itself, and what the model scores on everything that ships. README's tables are 
 """
 
 import datetime
+import shlex
 import sys
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def publish(run: Path, folder: Path) -> dict:
     metrics = read_json(run / "metrics.json")
     recipe = folder / "train.json"
     if recipe.exists():  # the run's own word for it names a file that is not in the project
-        metrics["command"] = (
-            f"speechimg train --corpus scenes --config {recipe.as_posix()} --out {run.as_posix()}"
-        )
+        words = ["speechimg", "train", "--corpus", metrics["corpus"]]
+        words += ["--config", recipe.as_posix(), "--out", run.as_posix()]
+        metrics |= {"words": words, "command": shlex.join(words)}
     model = load_model(run)
     model.run = metrics | {
         "name": folder.name,

@@ -6,9 +6,8 @@
 __all__ = ['NUMBERS', 'learning_rate', 'make_optimizer', 'layer_rates', 'generator_for', 'batches', 'share_of_siblings',
            'train_step', 'refuse_not_finite', 'average_of', 'some_of', 'sibling_trials', 'Run', 'prepare',
            'read_splits', 'make_folder', 'fingerprints', 'make_alignment', 'with_token_queue', 'go_on',
-           'shared_precision', 'work_in', 'refuse_small_batches', 'refuse_used_folder', 'refuse_different_folders',
-           'refuse_other_run', 'Steps', 'share', 'steps_left', 'validate', 'is_due', 'elapsed', 'loop', 'state_of',
-           'record', 'log_row', 'not_finite', 'together', 'train', 'told', 'finish']
+           'shared_precision', 'work_in', 'refuse_small_batches', 'Steps', 'share', 'steps_left', 'validate', 'is_due',
+           'elapsed', 'loop', 'state_of', 'record', 'log_row', 'not_finite', 'train', 'told', 'finish']
 
 # %% ../nbs/13_train.ipynb #14fe1495
 import math
@@ -23,7 +22,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/13_train.ipynb #64530cc3
 from .alignment import Alignment, encode
@@ -44,11 +42,13 @@ from speechimg.run.checkpoints import (
     as_line,
     begin_with,
     board,
-    checkpoints,
     draw_curves,
     latest_checkpoint,
     open_log,
     prune,
+    refuse_different_folders,
+    refuse_other_run,
+    refuse_used_folder,
     restore,
     save_checkpoint,
     validation_row,
@@ -58,6 +58,7 @@ from speechimg.run.distributed import (
     processes,
     row_counts,
     sum_over_all,
+    together,
     world,
     zero_first,
 )
@@ -296,10 +297,7 @@ def make_alignment(model, config, features):  # Features of train
 
 def with_token_queue(model, features):
     "The variant on the research shelf: its queue has room for the tokens of the longest recording."
-    try:
-        from speechimg.run.queue_negatives import QueueAlignment
-    except ImportError:
-        QueueAlignment = Alignment
+    from speechimg.run.queue_negatives import QueueAlignment
 
     longest = int(features.lengths.argmax())
     with torch.no_grad():
@@ -348,41 +346,6 @@ def refuse_small_batches(config):
             f"with accumulate {config.accumulate}",
             "raise it, or lower accumulate or the number of processes",
         )
-
-
-def refuse_used_folder(out):
-    if checkpoints(out) or (out / "metrics.json").exists():
-        remedy = "go on with it by --resume, or choose another folder"
-        raise InputError(out, "already holds a run", remedy)
-
-
-def refuse_different_folders(checkpoint, out):
-    "Each machine looks into a folder of its own, if they share none."
-    steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())
-    if len(set(steps)) > 1:
-        raise InputError(
-            out,
-            "is not the same folder for all processes: "
-            f"their newest checkpoints are of the steps {', '.join(map(str, steps))}",
-            "put it on a disk that all machines share, or copy it to each",
-        )
-
-# %% ../nbs/13_train.ipynb #75f7ea83
-def refuse_other_run(state, config, data, out):
-    "A run goes on only with the config and the data that it began with."
-    here = config.to_dict() | data
-    there = state["config"] | state["data"]
-    if config.precision in ("auto", state["precision"]):
-        there["precision"] = config.precision  # as good as the same
-    differs = [
-        f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    ]
-    if differs:
-        problem = f"holds a run with {', '.join(differs)}"
-        remedy = "resume with the same config and corpus, or choose another folder"
-        raise InputError(out, problem, remedy)
 
 # %% ../nbs/13_train.ipynb #6f9a8cdb
 class Steps(torch.utils.data.Dataset):
@@ -528,15 +491,6 @@ def not_finite(error, step, parts, out):  # Batches of the step
     write_json(out / f"bad_batch{world().rank or ''}.json", facts)
     problem = f"{error} on {', '.join(bad or uttids)}"
     return InputError(f"step {step}", problem, "listen to these recordings, or lower learning_rate")
-
-
-def together(alignment):
-    "The engine that averages gradients between processes; queue and teacher are equal without it."
-    unused = alignment.config.sim_start_step > 0 or alignment.config.sim_weight == 0
-    with warnings.catch_warnings(action="ignore"):  # about the new name of an option
-        return DistributedDataParallel(
-            alignment, broadcast_buffers=False, find_unused_parameters=unused
-        )
 
 # %% ../nbs/13_train.ipynb #9489bc70
 def train(

@@ -1,4 +1,4 @@
-"The command line from end to end on miniature corpora: what it prints, what it leaves behind, and how it says no."
+"The command line from end to end: what it prints, what it leaves behind, and how it says no."
 
 import base64
 import io
@@ -88,7 +88,7 @@ def command(place, monkeypatch, tmp_path, capfd):
 
 
 def refused(answer, *words, folder=None):
-    "Exit code 2, one line on stderr with these words in it, nothing on stdout, nothing left behind."
+    "Exit code 2, one line on stderr with these words, nothing on stdout, nothing left behind."
     code, out, err = answer
     assert code == 2, answer
     assert err.count("\n") == 1 and err.startswith("speechimg: ") and "; " in err, (
@@ -940,7 +940,8 @@ def test_of_several_processes_one_speaks(rank, command, place, monkeypatch):
 def test_under_torchrun_a_common_mistake_is_told_once_and_a_lonely_one_too(place, tmp_path):
     (tmp_path / "both.py").write_text(
         "import os, sys\nfrom speechimg.cli import main\n"
-        "sys.exit(main(['check', 'nowhere' if sys.argv[1] in ('all', os.environ['RANK']) else sys.argv[2]]))"
+        "wrong = sys.argv[1] in ('all', os.environ['RANK'])\n"
+        "sys.exit(main(['check', 'nowhere' if wrong else sys.argv[2]]))"
     )
     for who, told in (("all", "rank 0"), ("1", "rank 1")):
         run = subprocess.run(

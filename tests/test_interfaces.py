@@ -102,9 +102,8 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
         ("stamps", "stamps_en (all)"),
         ("stamps", "stamps_en (nouns)"),
     }
-    assert (
-        len(figures) == 3 * (3 * 4 + 2 * 2)
-    )  # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
+    # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
+    assert len(figures) == 3 * (3 * 4 + 2 * 2)
     assert card.text.count("| fine |") == 3 * 2 + 2
     make(run=RUN | {"evaluations": {"voice": RUN["evaluations"]["test"]}}).save_pretrained(tmp_path)
     assert {
@@ -437,7 +436,7 @@ def test_vectors_from_files_equal_those_of_retrieval(miniature, towers, batch_si
 
 
 def test_more_than_the_memory_of_one_round_keeps_its_order(miniature):
-    "16 batches are held at a time: 20 recordings in batches of one are two rounds. Mutant: written in the order of their lengths."
+    "20 recordings in batches of one are two rounds. Mutant: in the order of their lengths."
     model, corpus = make(), load_corpus(miniature, "val")
     waves = [corpus.load_wave(place) for place in range(len(corpus.captions))]
     one_by_one = np.concatenate([model.embed_speech([wave], progress=False) for wave in waves])

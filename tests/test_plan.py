@@ -135,7 +135,7 @@ def test_augmentation_stretches_the_longest_recordings(name):
     # the longest of 12 draws is a little shorter than the longest there can be
     assert saved * 0.99 < PAIRS * planned["saved_per_pair"] < saved * 1.05
     unstretched = plan(replace(config, augment=False))
-    assert unstretched["longest"] == 2.0 and PAIRS * unstretched["saved_per_pair"] < 0.98 * saved
+    assert unstretched["longest"] == 2.0 and PAIRS * unstretched["saved_per_pair"] < 0.99 * saved
 
 
 def test_stretch_is_what_augmentation_does():

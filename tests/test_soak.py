@@ -1,4 +1,4 @@
-"Reliability: a short version of each experiment of tools/soak.py, and every defect that the long one has found."
+"Reliability: each experiment of experiments/soak.py in short, and every defect that it found."
 
 import errno
 import json
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from test_core import complaint
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import soak  # noqa: E402
 import soak_files  # noqa: E402
 
@@ -32,7 +32,7 @@ from speechimg.run.checkpoints import checkpoints, latest_checkpoint, restore, s
 
 @pytest.mark.slow
 def test_a_short_soak():
-    "A handful of kills, a full disk, one hostile file of each kind, 40 mutated files, a damaged cache."
+    "Some kills, a full disk, a hostile file of each kind, 40 mutated files, a damaged cache."
     report = soak.soak(list(soak.EXPERIMENTS), quick=True)
     assert report["passed"], [
         line for one in report["experiments"].values() for line in one["failures"]
@@ -87,7 +87,7 @@ time.sleep(2)
 
 
 def test_kills_after_the_work_do_not_count(tmp_path):
-    "Nearly all of this program's life is idle: the kills come too late, and the report says so instead of counting them."
+    "A program that is idle for most of its life: kills come too late, and are not counted."
     found = soak.kills(
         "idle",
         lambda folder, again: ["-c", QUICK_THEN_IDLE, folder],
@@ -257,7 +257,7 @@ def run(tmp_path):
 
 
 def check_passed_over(run, what, latest=latest_checkpoint):
-    "The older checkpoint is taken, with one warning in one line; or, if only the model can tell, restore refuses it in one line."
+    "The older checkpoint is taken with a warning; or restore refuses it: one line either way."
     out, alignment, optimizer = run
     outside = out.parent / "outside"
     soak_files.checkpoint_cases()[what](out / "checkpoint-20", random.Random(0), outside)
@@ -302,7 +302,10 @@ def test_the_check_finds_a_loader_that_believes(what, run):
 
 
 def test_a_third_checkpoint_does_not_stay(run):
-    "Killed between a checkpoint's rename and the removal of the oldest: the next save removes it. Newer, damaged ones are never counted."
+    """Killed between a checkpoint's rename and the removal of the oldest: the next save removes it.
+
+    Newer, damaged ones are never counted.
+    """
     out, alignment, optimizer = run
     for step in (5, 90):
         shutil.copytree(out / "checkpoint-10", out / f"checkpoint-{step}")

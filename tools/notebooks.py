@@ -137,6 +137,8 @@ def export(root: Path) -> None:
         done = nbdev(root, module, name)
         if done.returncode != 0:
             raise RuntimeError(f"{name} failed:\n{done.stderr.strip()}")
+    if (root / "speechimg" / "course" / "handout.py").exists():
+        write_catalogue(root)
 
 
 def write_catalogue(root: Path) -> None:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'KINDS', 'COLUMNS', 'CURVES', 'checkpoints', 'prune', 'discard', 'settle', 'save_checkpoint', 'tensors_of',
-           'latest_checkpoint', 'read_state', 'read_part', 'restore', 'put_moment', 'restore_random', 'open_log',
-           'as_line', 'validation_row', 'draw_curves', 'begin_with', 'board']
+           'latest_checkpoint', 'read_state', 'read_part', 'restore', 'put_moment', 'restore_random',
+           'refuse_used_folder', 'refuse_different_folders', 'refuse_other_run', 'open_log', 'as_line',
+           'validation_row', 'draw_curves', 'begin_with', 'board']
 
 # %% ../../nbs/research/checkpoints.ipynb #a6fde718
 import os
@@ -18,8 +19,17 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..core import InputError, atomic_write, data_dir, read_json, set_theme, write_json
+from speechimg.core import (
+    InputError,
+    atomic_write,
+    data_dir,
+    default_device,
+    read_json,
+    set_theme,
+    write_json,
+)
 from ..files.cache import sha256
+from .distributed import row_counts
 
 # %% ../../nbs/research/checkpoints.ipynb #33e0bcda
 PARTS = ("model", "alignment", "optimizer")  # the files of a checkpoint: no other is ever opened
@@ -164,6 +174,41 @@ def restore_random(states):  # {"cpu": state, "0": that of the first GPU, ...}
             torch.set_rng_state(one)
         elif int(name) < torch.cuda.device_count():
             torch.cuda.set_rng_state(one, int(name))
+
+# %% ../../nbs/research/checkpoints.ipynb #ref00001
+def refuse_used_folder(out):
+    if checkpoints(out) or (out / "metrics.json").exists():
+        remedy = "go on with it by --resume, or choose another folder"
+        raise InputError(out, "already holds a run", remedy)
+
+
+def refuse_different_folders(checkpoint, out):
+    "Each machine looks into a folder of its own, if they share none."
+    steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())
+    if len(set(steps)) > 1:
+        raise InputError(
+            out,
+            "is not the same folder for all processes: "
+            f"their newest checkpoints are of the steps {', '.join(map(str, steps))}",
+            "put it on a disk that all machines share, or copy it to each",
+        )
+
+# %% ../../nbs/research/checkpoints.ipynb #75f7ea83
+def refuse_other_run(state, config, data, out):
+    "A run goes on only with the config and the data that it began with."
+    here = config.to_dict() | data
+    there = state["config"] | state["data"]
+    if config.precision in ("auto", state["precision"]):
+        there["precision"] = config.precision  # as good as the same
+    differs = [
+        f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+    if differs:
+        problem = f"holds a run with {', '.join(differs)}"
+        remedy = "resume with the same config and corpus, or choose another folder"
+        raise InputError(out, problem, remedy)
 
 # %% ../../nbs/research/checkpoints.ipynb #53fbfc06
 COLUMNS = [

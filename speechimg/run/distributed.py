@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'World', 'world', 'lost', 'stopped', 'is_broken', 'join', 'processes', 'zero_first', 'row_counts',
-           'all_rows', 'AllRows', 'all_rows_with_gradient', 'longest', 'sum_over_all', 'average', 'Share']
+           'all_rows', 'AllRows', 'all_rows_with_gradient', 'longest', 'sum_over_all', 'average', 'Share', 'together']
 
 # %% ../../nbs/research/distributed.ipynb #d8333e00
 import gc
 import os
 import signal
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core import InputError
 
@@ -204,3 +206,12 @@ class Share:
 
     def weight(self, mine, of_all):  # rows that my loss is the mean of, and everybody's
         return mine * len(self.counts) / of_all
+
+# %% ../../nbs/research/distributed.ipynb #tog00001
+def together(alignment):
+    "The engine that averages gradients between processes; queue and teacher are equal without it."
+    unused = alignment.config.sim_start_step > 0 or alignment.config.sim_weight == 0
+    with warnings.catch_warnings(action="ignore"):  # about the new name of an option
+        return DistributedDataParallel(
+            alignment, broadcast_buffers=False, find_unused_parameters=unused
+        )

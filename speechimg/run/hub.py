@@ -139,7 +139,7 @@ def card_figures(run):  # what train and publish write into metrics.json
                     if {"1", "5", "10"} <= set(table(values)):
                         yield name + part, stage, way.replace("_", " "), values
 
-
+# %% ../../nbs/research/hub.ipynb #defbc18c
 def corpus_name(run):
     "What a card calls the corpus: the name of its folder or archive; '' if none is recorded."
     name = Path(str(run.get("corpus") or "")).name.removesuffix(".zip")
