@@ -108,7 +108,7 @@ def test_code_fits_on_a_screen_and_pages_on_a_phone(site):
 def test_reference_shows_what_a_function_expects(site):
     text = text_of(site / "api" / "sic.html")
     assert "sic_loss(" in text and "→ SicOutput" in text
-    assert "speech_keys: (N, d) teacher embeddings: this batch first, then the queue" in text
+    assert "speech_keys: (N, d) keys: this batch first, then any others" in text
     for name, path in gates.modules(ROOT).items():
         page = (site / "api" / f"{name}.html").read_text(encoding="utf-8")
         exported = re.search(r"__all__ = \[(.*?)\]", path.read_text(encoding="utf-8"), re.S)
@@ -147,8 +147,9 @@ def test_things_of_other_hosts_are_named(tmp_path):
 
 def small_project(folder):
     "One notebook, one module, no data."
-    for name in ("settings.ini", "pyproject.toml", "LICENSE", "CITATION.cff"):
-        shutil.copy(ROOT / name, folder)
+    (folder / "tools").mkdir()
+    for name in ("settings.ini", "pyproject.toml", "LICENSE", "CITATION.cff", "tools/website.css"):
+        shutil.copy(ROOT / name, folder / name)
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("# A page\n")
