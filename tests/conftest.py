@@ -42,6 +42,18 @@ def same_draws():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    "A training draws its curves only for a test that asks for `curves`: more than 12 steps cost."
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("speechimg.train.draw_curves", lambda log, path: path.touch())
+
+
+@pytest.fixture
+def curves():
+    "Trainings of this test draw their curves."
+
+
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch):
     "An empty feature cache, for this test only."

@@ -10,6 +10,8 @@ import math
 import pytest
 import torch
 
+from speechimg.alignment import encode
+
 BOTH = ("speech_to_image", "image_to_speech")
 
 
@@ -17,6 +19,24 @@ def caught(check, mutant, *other_errors):
     "The check must fail on the mutant: on a wrong number, or in one of these other ways."
     with pytest.raises((AssertionError, *other_errors)):
         check(mutant)
+
+
+# ---- attention
+
+
+def loop_attention(module, x, context, mask):
+    "One row, one head, one query at a time, with the padding cut off."
+    d = x.shape[-1] // module.heads
+    out = torch.zeros_like(x)
+    for b in range(len(x)):
+        valid = context[b][mask[b]]
+        q, k, v = module.query(x[b]), module.key(valid), module.value(valid)
+        for h in range(module.heads):
+            part = slice(h * d, (h + 1) * d)
+            for t in range(len(q)):
+                weights = (k[:, part] @ q[t, part] / d**0.5).exp()
+                out[b, t, part] = weights @ v[:, part] / weights.sum()
+    return module.output(out)
 
 
 # ---- contrast: similarities, targets, loss
@@ -47,11 +67,15 @@ def loop_id_targets(ids, key_ids):
     return [[hit / sum(row) for hit in row] for row in hits]
 
 
+def as_rows(x):
+    return x.tolist() if torch.is_tensor(x) else x
+
+
 def loop_soft_targets(logits, targets, alpha):
     "alpha softmax(logits) + (1 - alpha) targets, as rows of a float64 tensor."
     rows = [
         [alpha * p + (1 - alpha) * y for p, y in zip(softmax(z), own)]
-        for z, own in zip(logits.tolist(), targets.tolist())
+        for z, own in zip(as_rows(logits), as_rows(targets))
     ]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -88,6 +112,65 @@ def loop_matching_loss(positive, negative_image, negative_speech):
     groups = ((positive, [0, 1]), (negative_image, [1, 0]), (negative_speech, [1, 0]))
     losses = [cross_entropy(row, label) for rows, label in groups for row in rows.tolist()]
     return sum(losses) / len(losses) if losses else 0.0
+
+
+# ---- the step: all of it, with a sampler that takes the best-scored wrong keys
+
+
+def loop_embeddings(side, head):
+    "[CLS] of each row through a projection, as unit vectors in float64."
+    rows = [head.weight.double() @ one[0].double() + head.bias.double() for one in side.tokens]
+    return [row / row.square().sum().sqrt() for row in rows]
+
+
+def loop_read(encoders, batch):
+    "(Sides, speech vectors, image vectors) of a student or a teacher."
+    with torch.no_grad():
+        sides = encode(encoders, batch)
+    speech = loop_embeddings(sides.speech, encoders.speech_projection)
+    return sides, speech, loop_embeddings(sides.image, encoders.image_projection)
+
+
+def loop_ramp(step, steps):
+    return min(1, step / steps) if steps else 1
+
+
+def loop_step(alignment, batch, step):
+    "(contrastive loss, matching loss) of a step whose negatives are the best-scored wrong keys."
+    config, queue = alignment.config, alignment.queue
+    tau = alignment.model.temperature.item()
+    tau = min(max(tau, config.temperature_min), config.temperature_max)
+    sides, *fast = loop_read(alignment.model.encoders, batch)  # speech, image
+    _, *slow = loop_read(alignment.teacher, batch)
+    old = [slot for slot in range(queue.size) if queue.ids[slot] >= 0]
+    old = old if step >= config.queue_warmup_steps else []
+    keys = slow[1] + [queue.image[slot] for slot in old], slow[0] + [queue.speech[s] for s in old]
+    keys = [[key.double() for key in both] for both in keys]
+    targets = loop_id_targets(batch.ids, [*batch.ids, *(queue.ids[slot] for slot in old)])
+    alpha = config.alpha * loop_ramp(step, config.alpha_ramp_steps)
+    logits = [loop_similarities(*both, tau) for both in zip(fast, keys)]
+    opinions = [loop_similarities(*both, tau) for both in zip(slow, keys)]
+    soft = [loop_soft_targets(one, targets, alpha) for one in opinions]
+    losses = [loop_contrast(*both) for both in zip(logits, soft)]
+    return sum(losses) / 2, loop_matching(alignment.model, sides, logits, batch.ids.tolist())
+
+
+def loop_matching(model, sides, logits, ids):
+    "Mean cross-entropy of right pairs and of the best-scored wrong ones, judged one by one."
+
+    def judge(spoken, seen, label):
+        speech = sides.speech.tokens[spoken, None], sides.speech.mask[spoken, None]
+        verdict = model.match(*speech, sides.image.tokens[seen, None])[0].tolist()
+        return cross_entropy(verdict, [1 - label, label])
+
+    losses = []
+    for b in range(len(ids)):
+        wrong = [c for c in range(len(ids)) if ids[c] != ids[b]]
+        losses.append(judge(b, b, 1))
+        if wrong:
+            losses.append(judge(b, max(wrong, key=lambda c: logits[0][b][c]), 0))
+            losses.append(judge(max(wrong, key=lambda c: logits[1][b][c]), b, 0))
+    return sum(losses) / len(losses)
 
 
 # ---- the queue

@@ -1172,10 +1172,12 @@ def test_the_optimiser_gives_each_layer_its_rate():
 
 PROGRAM = """
 import json, sys
-import matplotlib.figure, pandas, seaborn, torchaudio, transformers  # once for both processes
+import pandas, torchaudio, transformers  # once for both processes
+import speechimg.train
 from forked import ranks
 from speechimg.core import Config
 from speechimg.train import train
+speechimg.train.draw_curves = lambda log, path: path.touch()
 settings, corpus, out = sys.argv[1:]
 config = Config.from_dict(json.loads(settings))
 sys.exit(ranks(2, lambda: train(config, corpus, out, progress=False)))
@@ -1252,7 +1254,8 @@ def test_everything_at_once_by_two_processes(tmp_path):
 def test_compiled_towers_of_the_paper_learn_the_same(monkeypatch):
     """Only fusion and readers are compiled; losses as without, names of weights untouched.
 
-    No machine code is made: test_train does that, for a fusion and towers of the same blocks.
+    They are traced, and no machine code is made: test_train does that, for a fusion of the same
+    blocks.
     """
     from speechimg.alignment import Alignment
     from speechimg.model import SpeechImageModel
@@ -1277,7 +1280,7 @@ def test_compiled_towers_of_the_paper_learn_the_same(monkeypatch):
 
             def compile_part(part, **options):
                 part._compiled_call_impl = torch.compile(
-                    part._call_impl, backend="aot_eager", **options
+                    part._call_impl, backend="eager", **options
                 )
 
             monkeypatch.setattr(nn.Module, "compile", compile_part)
