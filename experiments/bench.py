@@ -484,9 +484,15 @@ def start(quick):
         if not path.stem.startswith("_")
     )
     timed = (
-        "import sys, time, torch; b = time.perf_counter(); "
-        "[__import__(n) for n in sys.argv[1:]]; print(time.perf_counter() - b)"
+        "import json, sys, time, torch\n"
+        "begin, after = time.perf_counter(), []\n"
+        "for names in json.loads(sys.argv[1]):\n"
+        "    [__import__(name) for name in names]\n"
+        "    after.append(time.perf_counter() - begin)\n"
+        "print(json.dumps(after))"
     )
+    # one more of them in each row; each time counts from the first
+    rows = [["speechimg"], ["speechimg.train", "speechimg.retrieval"], names]
 
     def python(*arguments):
         return subprocess.run(
@@ -498,14 +504,13 @@ def start(quick):
             env=environment(ROOT),
         ).stdout
 
-    def imports(modules):
-        return min(
-            float(python("-c", timed, *modules)) for _ in range(1 if quick else 5)
-        )  # whatever disturbs makes it longer
+    def imports():
+        return json.loads(python("-c", timed, json.dumps(rows)))
 
-    python("-c", timed, "speechimg")  # from here on compiled
-    package, main = imports(["speechimg"]), imports(["speechimg.train", "speechimg.retrieval"])
-    every = imports(names)
+    if not quick:
+        imports()  # from here on compiled
+    # whatever disturbs makes it longer
+    package, main, every = map(min, zip(*(imports() for _ in range(1 if quick else 5))))
     told = min(
         seconds(lambda: python("-m", "speechimg.cli", "--help")) for _ in range(1 if quick else 5)
     )

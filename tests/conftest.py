@@ -15,8 +15,14 @@ os.environ.setdefault("SPEECHIMG_CACHE", str(ROOT / ".cache"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# No clock: on a busy machine examples come slowly, and nothing is wrong.
 hypothesis.settings.register_profile(
-    "project", deadline=None, derandomize=True, max_examples=30, database=None
+    "project",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=30,
+    database=None,
 )
 hypothesis.settings.load_profile("project")
 
@@ -34,6 +40,18 @@ def same_draws():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    "A training draws its curves only for a test that asks for `curves`: more than 12 steps cost."
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("speechimg.train.draw_curves", lambda log, path: path.touch())
+
+
+@pytest.fixture
+def curves():
+    "Trainings of this test draw their curves."
 
 
 @pytest.fixture

@@ -471,10 +471,13 @@ def test_a_cached_corpus_loads_quickly(tmp_path):
     cache, keys = FeatureCache(tmp_path), [sha256(str(number)) for number in range(1_000)]
     for key in keys:
         cache.get(key, "params", lambda: np.zeros((20, 96), np.float16))
-    start = time.process_time()
-    for key in keys:
-        cache.get(key, "params", None)
-    assert time.process_time() - start < 1.1  # 13,000 clips in less than 15 seconds
+    spent = []
+    for _ in range(3):  # what disturbs the machine makes it longer
+        start = time.process_time()
+        for key in keys:
+            cache.get(key, "params", None)
+        spent.append(time.process_time() - start)
+    assert min(spent) < 1.1  # 13,000 clips in less than 15 seconds
 
 
 # Batches and masks
@@ -1023,7 +1026,7 @@ def test_one_ahead_fetches_while_the_last_one_is_used():
 
     for item in one_ahead(source()):
         if item == 0:
-            assert began.wait(10)  # the next one is on its way, though this one is in use
+            assert began.wait(60)  # the next one is on its way, though this one is in use
     assert fetched == [0, 1, 2]
 
 
@@ -1034,5 +1037,5 @@ def test_a_loop_that_is_left_early_ends():
         "for item in one_ahead(iter(range(10**9))):\n"
         "    if item == 5: raise KeyboardInterrupt"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "KeyboardInterrupt" in done.stderr

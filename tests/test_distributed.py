@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import distributed_steps
 import miniature
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ import torch
 from torch.testing import assert_close
 
 import speechimg.train as train_room
+from speechimg import cli
 from speechimg.core import Config, InputError
 from speechimg.run.checkpoints import checkpoints, latest_checkpoint
 from speechimg.run.distributed import (
@@ -48,10 +51,39 @@ def command(count, *arguments):
     return [*start, *map(str, arguments)]
 
 
-def launch(count, *arguments, timeout=240):
-    "Run it and hand back what it said."
-    line = command(count, *arguments)
-    return subprocess.run(line, env=ALONE, capture_output=True, text=True, timeout=timeout)
+def say(line):
+    "Run it and hand back what it said; the time is for a machine that has much else to do."
+    return subprocess.run(line, env=ALONE, capture_output=True, text=True, timeout=600)
+
+
+def launch(count, *arguments):
+    return say(command(count, *arguments))
+
+
+FORKED_STEPS = """
+import sys
+import distributed_steps
+from forked import ranks
+
+sys.exit(ranks(2, lambda: distributed_steps.main(*sys.argv[1:])))
+"""
+FORKED_TRAINING = """
+import sys
+import pandas
+import speechimg.train
+from forked import ranks
+from speechimg.cli import main
+
+speechimg.train.draw_curves = lambda log, path: path.touch()
+sys.exit(ranks(2, lambda: sys.exit(main(["train", *sys.argv[1:]]))))
+"""
+
+
+def forked(program, *arguments):
+    "As launch(2, ...), but both processes are forked from one that imported everything."
+    done = say([sys.executable, "-c", program, *map(str, arguments)])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done
 
 
 CASES = {
@@ -72,8 +104,10 @@ ACCUMULATED = {"accumulate": 2, "queue_size": 40}  # parts of 2 + 2 and 2 + 1 pa
 def steps_of(folder, count, cases):
     "What distributed_steps.py found: for each process {case: {name: tensor}}."
     out = folder / f"steps-{count}"
-    done = launch(count, HERE / "distributed_steps.py", out, json.dumps(cases))
-    assert done.returncode == 0, done.stderr[-3000:]
+    if count == 1:
+        distributed_steps.main(out, json.dumps(cases))
+    else:
+        forked(FORKED_STEPS, out, json.dumps(cases))
     results = []
     for rank in range(count):
         found = {case: {} for case in cases}
@@ -232,9 +266,14 @@ def options(mini, out, *more):
 
 
 def run(count, mini, out, *more):
-    done = launch(count, "-m", "speechimg.train", *options(mini, out, *more))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done
+    "A training from the command line: alone in this process, by two in forked ones."
+    given = [str(one) for one in options(mini, out, *more)]
+    if count == 1:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main changes it
+            assert cli.main(["train", *given]) == 0
+    else:
+        forked(FORKED_TRAINING, *given)
 
 
 @pytest.fixture(scope="module")
@@ -319,12 +358,12 @@ def test_killed_rank_ends_the_job_and_one_process_goes_on(mini):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(line, env=ALONE, start_new_session=True, **pipes)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not checkpoints(out):
             assert time.monotonic() < until and job.poll() is None, job.communicate()[1][-2000:]
             time.sleep(0.02)
         assert kill_rank_1(job) == 1
-        _, error = job.communicate(timeout=90)
+        _, error = job.communicate(timeout=600)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)

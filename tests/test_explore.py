@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from miniature import make_corpus, wav_bytes
 from torch.testing import assert_close
+from toys import tiny_model
 
 from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus
@@ -97,19 +98,7 @@ def corpus(corpus_path):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return SpeechImageModel(
-        Config(
-            towers="small",
-            width=16,
-            dim=8,
-            speech_depth=1,
-            image_depth=1,
-            fusion_depth=2,
-            heads=2,
-            max_seconds=5.0,
-        )
-    ).eval()
+    return tiny_model(towers="small", fusion_depth=2, max_seconds=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +385,7 @@ def test_matching_shows_the_scores_of_the_library(model, corpus, seen):
 
 
 def test_matching_needs_a_fusion(corpus):
-    bare = SpeechImageModel(Config(towers="small", width=16, dim=8, fusion_depth=0, heads=2)).eval()
+    bare = tiny_model(towers="small", fusion_depth=0)
     with pytest.raises(InputError, match="no fusion blocks"):
         read_together(bare, torch.zeros(8000), [corpus.load_picture(0)])
 

@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +45,7 @@ from speechimg.towers.hubert import (
     rate_factors,
 )
 
+HERE = Path(__file__).resolve().parent
 TINY = Config(
     towers="paper",
     speech_model="tiny",
@@ -1170,13 +1170,17 @@ def test_the_optimiser_gives_each_layer_its_rate():
     assert rates[1] == 2 * rates[0]
 
 
-STEPS = """
+PROGRAM = """
 import json, sys
+import pandas, torchaudio, transformers  # once for both processes
+import speechimg.train
+from forked import ranks
 from speechimg.core import Config
-from speechimg.run.distributed import world
 from speechimg.train import train
-config, corpus, out = Config.from_dict(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
-train(config, corpus, out, progress=False)
+speechimg.train.draw_curves = lambda log, path: path.touch()
+settings, corpus, out = sys.argv[1:]
+config = Config.from_dict(json.loads(settings))
+sys.exit(ranks(2, lambda: train(config, corpus, out, progress=False)))
 """
 
 
@@ -1209,33 +1213,11 @@ def test_everything_at_once_by_two_processes(tmp_path):
         "max_seconds": 1.0,
         "dropout": 0.1,
     }
-    (tmp_path / "program.py").write_text(STEPS)
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    } | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
-        "SPEECHIMG_CACHE": str(tmp_path / "cache"),
-    }
+    own = {"OMP_NUM_THREADS": "1", "SPEECHIMG_CACHE": str(tmp_path / "cache")}
+    own["PYTHONPATH"] = os.pathsep.join(map(str, (HERE.parent, HERE)))
+    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), corpus, tmp_path / "out"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            tmp_path / "program.py",
-            json.dumps(settings),
-            corpus,
-            tmp_path / "out",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+        command, env=os.environ | own, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpointing" not in done.stdout + done.stderr and done.stdout == "", (
@@ -1268,14 +1250,12 @@ def test_everything_at_once_by_two_processes(tmp_path):
         assert found[stage] == run["validation"][stage]
 
 
-@pytest.mark.slow  # a minute or two
-@pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
-)
+@pytest.mark.slow
 def test_compiled_towers_of_the_paper_learn_the_same(monkeypatch):
     """Only fusion and readers are compiled; losses as without, names of weights untouched.
 
-    For the fusion no machine code is made: test_train compiles it in earnest.
+    They are traced, and no machine code is made: test_train does that, for a fusion of the same
+    blocks.
     """
     from speechimg.alignment import Alignment
     from speechimg.model import SpeechImageModel
@@ -1297,12 +1277,10 @@ def test_compiled_towers_of_the_paper_learn_the_same(monkeypatch):
         names, alignment = list(model.state_dict()), Alignment(model).train()
         optimizer, pairs = make_optimizer(model, config), made_pairs(model)
         if compiled:
-            backends = {id(model.fusion): "aot_eager"}
 
             def compile_part(part, **options):
-                backend = backends.get(id(part), "inductor")
                 part._compiled_call_impl = torch.compile(
-                    part._call_impl, backend=backend, **options
+                    part._call_impl, backend="eager", **options
                 )
 
             monkeypatch.setattr(nn.Module, "compile", compile_part)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from oracles import loop_step
 from torch import nn
 from toys import LinearTower as ToyTower
 from toys import tiny_batch as batch_of
@@ -44,84 +45,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- the oracle: the formulas of the method, in plain loops and float64
-
-
-def cross_entropy(logits, target):
-    total = math.log(sum(math.exp(z) for z in logits))
-    return -sum(q * (z - total) for q, z in zip(target, logits))
-
-
-def embeddings(side, head):
-    "[CLS] of each row through a projection, as unit vectors in float64."
-    rows = [head.weight.double() @ one[0].double() + head.bias.double() for one in side.tokens]
-    return [row / row.square().sum().sqrt() for row in rows]
-
-
-def read(encoders, batch):
-    "(Sides, speech vectors, image vectors) of a student or a teacher."
-    with torch.no_grad():
-        sides = encode(encoders, batch)
-    speech = embeddings(sides.speech, encoders.speech_projection)
-    return sides, speech, embeddings(sides.image, encoders.image_projection)
-
-
-def cosines(queries, keys, tau):
-    def dot(one, other):
-        return sum(x * y for x, y in zip(one.double().tolist(), other.double().tolist())) / tau
-
-    return [[dot(query, key) for key in keys] for query in queries]
-
-
-def oracle(alignment, batch, step):
-    "(contrastive loss, matching loss) by loops, with `hardest` as the sampler of negatives."
-    config, queue = alignment.config, alignment.queue
-    tau = alignment.model.temperature.item()
-    tau = min(max(tau, config.temperature_min), config.temperature_max)
-    sides, *fast = read(alignment.model.encoders, batch)  # speech, image
-    _, *slow = read(alignment.teacher, batch)
-    old = [slot for slot in range(queue.size) if queue.ids[slot] >= 0]
-    old = old if step >= config.queue_warmup_steps else []
-    keys = slow[1] + [queue.image[slot] for slot in old], slow[0] + [queue.speech[s] for s in old]
-    ids = batch.ids.tolist()
-    key_ids = ids + [int(queue.ids[slot]) for slot in old]
-    ramp = min(1, step / config.alpha_ramp_steps) if config.alpha_ramp_steps else 1
-    logits = [cosines(*both, tau) for both in zip(fast, keys)]
-    opinions = [cosines(*both, tau) for both in zip(slow, keys)]
-    losses = [contrast(*both, ids, key_ids, config.alpha * ramp) for both in zip(logits, opinions)]
-    return sum(losses) / 2, matching(alignment.model, sides, logits, ids)
-
-
-def contrast(logits, opinions, ids, key_ids, alpha):
-    "Mean cross-entropy of one direction, with soft targets."
-    losses = []
-    for row, opinion, own in zip(logits, opinions, ids):
-        hits = [float(other == own) for other in key_ids]
-        teacher = [math.exp(z) for z in opinion]
-        believed = [t / sum(teacher) for t in teacher]
-        target = [alpha * t + (1 - alpha) * hit / sum(hits) for t, hit in zip(believed, hits)]
-        losses.append(cross_entropy(row, target))
-    return sum(losses) / len(losses)
-
-
-def matching(model, sides, logits, ids):
-    "Mean cross-entropy of right pairs and of the best-scored wrong ones, judged one by one."
-
-    def judge(spoken, seen, label):
-        speech = sides.speech.tokens[spoken, None], sides.speech.mask[spoken, None]
-        verdict = model.match(*speech, sides.image.tokens[seen, None])[0].tolist()
-        return cross_entropy(verdict, [1 - label, label])
-
-    losses = []
-    for b in range(len(ids)):
-        wrong = [c for c in range(len(ids)) if ids[c] != ids[b]]
-        losses.append(judge(b, b, 1))
-        if wrong:
-            losses.append(judge(b, max(wrong, key=lambda c: logits[0][b][c]), 0))
-            losses.append(judge(max(wrong, key=lambda c: logits[1][b][c]), b, 0))
-    return sum(losses) / len(losses)
-
-
 def check_step(kind=Alignment):
     "A step equals the loops, with ids that repeat in the batch and in the queue."
     for ids, step, settings in (
@@ -134,7 +57,7 @@ def check_step(kind=Alignment):
     ):
         alignment, batch = make(kind, **settings), batch_of(ids)
         fill(alignment)
-        sic, sim = oracle(alignment, batch, step)
+        sic, sim = loop_step(alignment, batch, step)
         output = alignment(batch, step)
         assert (
             output.speech_to_image.dtype

@@ -174,7 +174,7 @@ def test_ears_work_after_a_fork():
     queue = context.Queue()
     process = context.Process(target=other_process, args=(queue, noise(4000)))
     process.start()
-    assert np.array_equal(queue.get(timeout=60), expected)
+    assert np.array_equal(queue.get(timeout=300), expected)
     process.join(60)
 
 

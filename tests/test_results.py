@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from miniature import make_corpus
+from toys import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 import results
@@ -115,22 +116,13 @@ def test_recordings_of_one_picture_are_compared_between_languages():
     assert "few" not in found and "few" not in found["a"] and "a" not in found["a"]
 
 
+SIX_STEPS = {"batch_size": 8, "steps": 6, "warmup_steps": 1}
+
+
 @pytest.mark.slow
 def test_a_run_from_beginning_to_end(tmp_path, monkeypatch):
     "Two stages on a miniature corpus; stopped and gone on with; the line says what was done."
-    mini, size = (
-        make_corpus(tmp_path / "mini"),
-        {
-            "width": 16,
-            "dim": 8,
-            "heads": 2,
-            "fusion_depth": 1,
-            "image_depth": 1,
-            "batch_size": 8,
-            "steps": 6,
-            "warmup_steps": 1,
-        },
-    )
+    mini, size = make_corpus(tmp_path / "mini"), TINY | SIX_STEPS
     monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(
         results,
@@ -212,7 +204,7 @@ def test_the_list_says_what_is_done(tmp_path):
         [sys.executable, ROOT / "experiments" / "results.py", "--list"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(PLAN)
     assert sum(line.startswith("done") for line in done.stdout.splitlines()) == len(

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from miniature import draw, image_bytes, make_corpus, make_files, write_files
+from oracles import BOTH, caught, every_order, loop_recall, loop_rerank
 from torch import nn
 from torch.testing import assert_close
+from toys import Ears, LinearTower, tiny_model
 
 import speechimg.retrieval as room
 from speechimg.attention import Encoded
@@ -39,54 +41,7 @@ from speechimg.retrieval import (
 )
 from speechimg.sim import MultimodalEncoder
 
-BOTH = ("speech_to_image", "image_to_speech")
-
-
-def caught(check, mutant):
-    "The check must fail on the mutant."
-    with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
-        check(mutant)
-
-
 # recall: oracles
-
-
-def every_order(row, right, k):
-    "Share of the orders of candidates that respect the scores with a right one in the first k."
-    hits = orders = 0
-    for order in itertools.permutations(range(len(row))):
-        if any(row[a] < row[b] for a, b in zip(order, order[1:])):
-            continue
-        orders += 1
-        hits += any(place in right for place in order[:k])
-    return hits / orders
-
-
-def closed_form(row, right, k):
-    "The formula of method 1.8, one query at a time."
-    best = max(row[place] for place in right)
-    above, tied = sum(one > best for one in row), sum(one == best for one in row)
-    positive = sum(row[place] == best for place in right)
-    places = min(k - above, tied)
-    return 0.0 if places <= 0 else 1 - math.comb(tied - positive, places) / math.comb(tied, places)
-
-
-def loop_recall(scores, image_of, ks=(1, 5, 10), one=closed_form):
-    "Both directions, query by query."
-    rows, owners = scores.tolist(), image_of.tolist()
-    columns = [[row[image] for row in rows] for image in range(len(rows[0]))]
-    there = {k: [one(row, {owner}, k) for row, owner in zip(rows, owners)] for k in ks}
-    captions = [
-        [place for place, owner in enumerate(owners) if owner == image]
-        for image in range(len(columns))
-    ]
-    back = {
-        k: [one(column, right, k) for column, right in zip(columns, captions) if right] for k in ks
-    }
-    return {
-        name: {k: 100 * sum(part[k]) / len(part[k]) for k in ks}
-        for name, part in zip(BOTH, (there, back))
-    }
 
 
 def assert_same(found, wished, tolerance=1e-6):
@@ -290,21 +245,6 @@ def test_recall_mutants_are_caught(mutant):
 # re-ranking
 
 
-def loop_rerank(coarse, score_pairs, k, mode="sim"):
-    "The order that each query should end with: lists of candidates, best first."
-    orders = []
-    for query, row in enumerate(coarse.tolist()):
-        ranked = sorted(range(len(row)), key=lambda place: (-row[place], place))
-        some = ranked[: min(k, len(row))]
-        fine = {
-            place: score_pairs(torch.tensor([query]), torch.tensor([place])).item()
-            + (row[place] if mode == "sum" else 0)
-            for place in some
-        }
-        orders.append(sorted(some, key=lambda place: (-fine[place], place)) + ranked[len(some) :])
-    return orders
-
-
 def table_scorer(table, calls=None):
     "score_pairs that looks the scores up; notes the pairs it was asked for."
 
@@ -392,7 +332,7 @@ def test_rerank_passes_its_check():
     "mutant", [topk_crash, filled_with_minus_100, others_forgotten, union_of_candidates, always_sum]
 )
 def test_rerank_mutants_are_caught(mutant):
-    caught(check_rerank, mutant)
+    caught(check_rerank, mutant, RuntimeError)
 
 
 def test_the_two_modes_differ_where_they_should():
@@ -403,7 +343,13 @@ def test_the_two_modes_differ_where_they_should():
 
     check(rerank)
     caught(check, always_sim)
-    caught(check, lambda coarse, score_pairs, k, mode: rerank(coarse, score_pairs, k, "sum"))
+    caught(
+        check,
+        lambda coarse, score_pairs, k, mode: rerank(coarse, score_pairs, k, "sum"),
+        RuntimeError,
+        IndexError,
+        ValueError,
+    )
 
 
 def test_rerank_by_hand():
@@ -541,18 +487,6 @@ def test_the_rest_is_strictly_below_and_keeps_ties(rows, k, seed):
 # a real, tiny model
 
 
-class Ears:
-    "Front end: mean loudness in eight bands, a frame every 50 ms."
-
-    params, feature_dim = "toy ears 2", 8
-
-    def __call__(self, wave):
-        frames = np.asarray(wave)[: len(wave) // 800 * 800].reshape(-1, 800)
-        return np.log1p(
-            np.abs(np.fft.rfft(frames))[:, :400].reshape(len(frames), 8, 50).mean(-1)
-        ).astype(np.float16)
-
-
 class Eyes:
     "Front end: 4 x 4 colours, as pixels of 8 bits."
 
@@ -562,26 +496,11 @@ class Eyes:
         return np.array(picture.resize((4, 4))).reshape(16, 3)
 
 
-class Tower(nn.Module):
-    "A linear layer, dropout, and the mean of the valid tokens as [CLS]."
-
-    def __init__(self, front_end, width):
-        super().__init__()
-        self.front_end, self.width = front_end, width
-        self.linear, self.drop = nn.Linear(front_end.feature_dim, width), nn.Dropout(0.5)
-
-    def forward(self, features, lengths=None):
-        lengths = torch.full((len(features),), features.shape[1]) if lengths is None else lengths
-        mask = speech_mask(lengths, features.shape[1])
-        tokens = self.drop(self.linear(features)).masked_fill(~mask[..., None], 0.0)
-        cls = tokens.sum(1, keepdim=True) / lengths[:, None, None]
-        return Encoded(torch.cat([cls, tokens], 1), torch.cat([mask[:, :1], mask], 1))
-
-
-def tiny_model(mode="sim", seed=0):
+def toy_model(mode="sim", seed=0):
     torch.manual_seed(seed)
     config = Config(width=12, dim=6, heads=2, fusion_depth=1, score_mode=mode)
-    return SpeechImageModel(config, Tower(Ears(), 12), Tower(Eyes(), 12)).eval()
+    towers = (LinearTower(0.5, front_end, 12) for front_end in (Ears(800), Eyes()))
+    return SpeechImageModel(config, *towers).eval()
 
 
 @pytest.fixture(scope="module")
@@ -592,7 +511,7 @@ def corpus_path(tmp_path_factory):
 @pytest.fixture
 def mini(corpus_path, fresh_cache):
     "Model, corpus, features, trials."
-    model, corpus = tiny_model(), load_corpus(corpus_path, "test")
+    model, corpus = toy_model(), load_corpus(corpus_path, "test")
     features = load_features(model, corpus)
     return SimpleNamespace(
         path=corpus_path,
@@ -733,7 +652,7 @@ def test_swapped_directions_are_caught(mini):
 
 @pytest.mark.parametrize("mode", ["sim", "sum", "logits"])
 def test_two_stages_follow_the_config(mini, mode):
-    model = tiny_model(mode)
+    model = toy_model(mode)
     model.temperature.data.fill_(0.02)
     embeddings = embed(model, mini.features)
     coarse, fine = two_stages(model, embeddings, 4)
@@ -868,7 +787,7 @@ def test_zero_shot_counts_galleries_and_nouns(tmp_path, fresh_cache):
                 ("en", "fr")[place] if number else "fr"
             )  # picture 0 has no English
     files["all.json"] = json.dumps(data).encode()
-    path, model = write_files(tmp_path / "foreign", files), tiny_model()
+    path, model = write_files(tmp_path / "foreign", files), toy_model()
     wanted = data["data"][3]["concepts"][0]
     asked = sum(wanted in entry["concepts"] for entry in data["data"][1:])
     found = evaluate_corpus(model, path, "all", "en", nouns=[wanted], rerank=3)
@@ -892,11 +811,7 @@ def test_load_model_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="nowhere: holds no model"):
         load_model("nowhere")
     folder = tmp_path / "models" / "mine"
-    small = SpeechImageModel(
-        Config(
-            towers="small", width=16, dim=8, heads=2, fusion_depth=1, speech_depth=1, image_depth=1
-        )
-    )
+    small = tiny_model(towers="small")
     small.save_pretrained(folder)
     assert all(
         torch.equal(one, small.state_dict()[name])
@@ -939,7 +854,9 @@ def test_search_in_a_folder_of_pictures(tmp_path, fresh_cache, mini):
     assert hits == search(mini.model, wave, folder.parent, top=3, rerank=2), (
         "a folder and its opened gallery answer alike"
     )
-    embeddings = embed(mini.model, SimpleNamespace(speech=[Ears()(wave)], image=[], image_of=None))
+    embeddings = embed(
+        mini.model, SimpleNamespace(speech=[Ears(800)(wave)], image=[], image_of=None)
+    )
     for hit in hits:
         assert (
             abs(hit.coarse - (embeddings.speech[0] @ gallery[1].image[hit.picture]).item()) < 1e-5

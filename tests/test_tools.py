@@ -176,9 +176,9 @@ def test_bar():
 def miniature_project(tmp_path_factory):
     "A data folder with miniature corpora and a model that has learnt nothing."
     import miniature
+    from toys import tiny_model
 
-    from speechimg.core import Config, write_json
-    from speechimg.model import SpeechImageModel
+    from speechimg.core import write_json
 
     data = tmp_path_factory.mktemp("a project") / "data"
     miniature.make_corpus(
@@ -188,11 +188,7 @@ def miniature_project(tmp_path_factory):
     files.pop("swap.json", None)
     miniature.write_files(data / "stamps", files, zip=True)
     run = data.parent / "run"
-    SpeechImageModel(
-        Config(
-            width=16, dim=8, heads=2, queue_size=16, speech_depth=1, image_depth=1, fusion_depth=1
-        )
-    ).save_pretrained(run)
+    tiny_model(queue_size=16).save_pretrained(run)
     write_json(
         run / "metrics.json",
         {"command": "speechimg train --config config.json", "seed": 0, "steps": 0, "seconds": 1.0},
