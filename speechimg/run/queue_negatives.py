@@ -188,14 +188,14 @@ class QueueAlignment(Alignment):
             config.queue_size, config.dim, config.token_slots, config.width, *lengths
         )
 
-    def enter(self, ids, student, teacher, step):
+    def crowd(self, ids, student, slow, step):
         "What all processes bring, the teacher's tokens included: they are kept."
         matching = is_matching(step, self.config)
         memory = self.remembered(step) if matching else None
-        crowd = enter(ids, student, teacher, matching and memory is None)
-        tokens = crowd.share.all_tokens(teacher.speech.tokens, teacher.speech.mask)
-        keys = Remembered(*crowd.keys, *tokens, crowd.share.all(teacher.image.tokens))
-        return TokenCrowd(crowd.share, keys, crowd.speech, crowd.image, memory, student, teacher)
+        crowd = enter(ids, student, slow, matching and memory is None)
+        tokens = crowd.share.all_tokens(slow.speech.tokens, slow.speech.mask)
+        keys = Remembered(*crowd.keys, *tokens, crowd.share.all(slow.image.tokens))
+        return TokenCrowd(crowd.share, keys, crowd.speech, crowd.image, memory, student, slow)
 
     def remembered(self, step):
         "What negatives are drawn from; None: from the batch."
@@ -203,9 +203,9 @@ class QueueAlignment(Alignment):
         warm = step >= self.config.queue_warmup_steps
         return memory if self.config.negatives == "queue" and warm and len(memory.ids) else None
 
-    def match(self, crowd, sic, generator):
+    def fine(self, crowd, sic, generator):
         if crowd.memory is None:
-            return super().match(crowd, sic, generator)
+            return super().fine(crowd, sic, generator)
         return match_memory(self.model, crowd, generator)
 
 # %% ../../nbs/research/queue_negatives.ipynb #914a88ec
