@@ -126,4 +126,4 @@ def test_the_first_code_cell_installs_what_is_missing(path):
         for cell in notebooks.read(path)["cells"]
         if cell["cell_type"] == "code"
     )
-    assert first.startswith(INSTALL), first
+    assert first.startswith(INSTALL.strip()), first
