@@ -36,7 +36,7 @@ def attend(
 
 
 def attend_slowly(query, key, value, mask, dropout):
-    "The same in plain products: on a CPU the fused backward in bfloat16 takes ten times as long."
+    "The same in plain products, for bfloat16 on a CPU; a first reading may skip it."
     heads = query.shape[1]
     q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (query, key, value))
     bias = q.new_zeros(1, 1, 1)

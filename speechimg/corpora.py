@@ -218,8 +218,8 @@ def read_split(store, layout, split, on_error, complete):
         raise missing
     if missing and complete is None:
         warnings.warn(str(missing))
-    told = intake.skipped, told.sources, missing and str(missing)
-    return Corpus(store.root.stem, split, *lists, store, *told)
+    missing = missing and str(missing)
+    return Corpus(store.root.stem, split, *lists, store, intake.skipped, told.sources, missing)
 
 # %% ../nbs/02_corpora.ipynb #295ec657
 def known_split(store, layout, split):

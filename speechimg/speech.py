@@ -150,12 +150,14 @@ class MaskedGRU(nn.GRU):
 
     def twice(self, x, mask):
         "The same as two ways there, the second over each clip turned round."
+        # of each way: weights on the input and on the state, and the biases of both
         there, back = self._flat_weights[:4], self._flat_weights[4:]
         both = [self.walk(x, there), turned(self.walk(turned(x, mask), back), mask)]
         return clean(torch.cat(both, -1), mask)
 
     def walk(self, x, weights):  # (B, T, w) -> (B, T, w/2)
         start = x.new_zeros(1, len(x), self.hidden_size)
+        # biases, layers, dropout, training, both ways, batch first
         return torch.gru(x, start, weights, True, 1, 0.0, self.training, False, True)[0]
 
 # %% ../nbs/04_speech.ipynb #0c10c808

@@ -111,7 +111,7 @@ def batches(config, features, start=0):  # Config, data.Features, first step wan
     "Yield (step, epoch, caption indices) from `start` on; an epoch follows from seed and number."
     step, epoch, singles = 0, 0, min(config.singles_first, config.steps)
     while step < config.steps:
-        if step < singles:  # words before sentences
+        if step < singles:  # words before sentences: pictures of one thing
             end, kept = singles, (features.levels == 1).nonzero()[:, 0]
         else:
             end, kept = config.steps, torch.arange(len(features))
