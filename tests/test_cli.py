@@ -949,6 +949,7 @@ def test_under_torchrun_a_common_mistake_is_told_once_and_a_lonely_one_too(place
                 sys.executable,
                 "-m",
                 "torch.distributed.run",
+                "--standalone",
                 "--nproc-per-node",
                 "2",
                 str(tmp_path / "both.py"),
