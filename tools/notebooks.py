@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # what a notebook may take on two cores
 KILLED_AFTER = 900  # a notebook that hangs
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.+?)\s*$")
+TOLD = {"capture_output": True, "text": True}
 NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
 
 
@@ -124,9 +125,7 @@ def nbdev(root: Path, module: str, name: str, arguments: str = "") -> subprocess
     "Call one of nbdev's commands in a process of its own, with `root` as the project."
     variables = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     code = NBDEV.format(module=module, name=name, arguments=arguments)
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=variables, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=root, env=variables, **TOLD)
 
 
 def export(root: Path) -> None:
@@ -145,8 +144,7 @@ def write_catalogue(root: Path) -> None:
     "Write speechimg/course/course.json, the checks that learners may see."
     code = "from speechimg.course.handout import write_catalogue; write_catalogue()"
     variables = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=variables, **TOLD)
     if done.returncode != 0:
         raise RuntimeError(f"course.json failed:\n{done.stderr.strip()}")
 

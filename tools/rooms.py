@@ -110,4 +110,3 @@ def importlinter(root: Path = ROOT) -> str:
 if __name__ == "__main__":
     for one in rooms():
         print(f"{one.shelf:<12} {one.name:<26} {one.module or '-':<26} {one.idea}")
-    print("\n" + importlinter())
