@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from miniature import make_corpus
+from toys import TINY
 
 from speechimg.core import Config, InputError
 from speechimg.corpora import Corpus, load_corpus
@@ -59,18 +60,7 @@ def corpus(tmp_path_factory):
 def make(score_mode="sim", seed=0):
     "An untrained model: its hit rates are far from 0 and 100."
     torch.manual_seed(seed)
-    return SpeechImageModel(
-        Config(
-            towers="small",
-            width=16,
-            dim=8,
-            speech_depth=1,
-            image_depth=1,
-            fusion_depth=1,
-            heads=2,
-            score_mode=score_mode,
-        )
-    ).eval()
+    return SpeechImageModel(Config(towers="small", score_mode=score_mode, **TINY)).eval()
 
 
 def hits(model, corpus, direction, rerank, **more):

@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+import toys
 from miniature import draw, image_bytes, make_corpus, make_files, speak, wav_bytes, write_files
 from PIL import Image
 
@@ -24,15 +25,7 @@ from speechimg.core import Config, InputError
 from speechimg.look import page
 from speechimg.model import SpeechImageModel
 
-TINY = {
-    "towers": "small",
-    "width": 16,
-    "dim": 8,
-    "heads": 2,
-    "fusion_depth": 1,
-    "speech_depth": 1,
-    "image_depth": 1,
-}
+TINY = toys.TINY | {"towers": "small"}
 QUICK = [
     "--set",
     "batch_size=4",

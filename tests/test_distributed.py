@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch.testing import assert_close
+from toys import TINY_RUN
 
 import speechimg.train as train_room
 from speechimg import cli
@@ -233,25 +234,7 @@ def test_shares_are_consecutive_and_nearly_equal():
             )
 
 
-SETTINGS = {
-    "width": 16,
-    "dim": 8,
-    "heads": 2,
-    "fusion_depth": 1,
-    "speech_depth": 1,
-    "image_depth": 1,
-    "batch_size": 7,
-    "steps": 12,
-    "queue_size": 9,
-    "queue_warmup_steps": 3,
-    "alpha_ramp_steps": 6,
-    "warmup_steps": 2,
-    "checkpoint_every": 4,
-    "evaluate_every": 6,
-    "learning_rate": 3e-3,
-    "sim_start_step": 2,
-    "augment": False,
-}
+SETTINGS = TINY_RUN | {"batch_size": 7, "augment": False}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from miniature import image_bytes, make_corpus, wav_bytes
+from toys import TINY
 
 import speechimg.model as model_room
 import speechimg.run.hub as hub_room
@@ -24,7 +25,6 @@ from speechimg.model import SpeechImageModel
 from speechimg.retrieval import embed, load_features
 from speechimg.train import train
 
-SIZES = {"width": 16, "dim": 8, "speech_depth": 1, "image_depth": 1, "fusion_depth": 1, "heads": 2}
 RUN = json.loads((data_dir() / "models" / "reference" / "metrics.json").read_text())
 RUN |= {"corpus": "scenes"}  # as train writes it
 
@@ -33,7 +33,7 @@ def make(towers="light", run=None, **settings):
     torch.manual_seed(0)
     if towers == "paper":
         settings = {"speech_model": "tiny", "image_model": "tiny"} | settings
-    model = SpeechImageModel(Config(towers=towers, **SIZES | settings)).eval()
+    model = SpeechImageModel(Config(towers=towers, **TINY | settings)).eval()
     model.run = run
     return model
 
@@ -115,7 +115,7 @@ def test_training_writes_the_card(tmp_path, miniature):
     "What train knows is in the folder, and the loaded model knows it too."
     config = Config(
         towers="small",
-        **SIZES,
+        **TINY,
         batch_size=4,
         queue_size=8,
         steps=2,
