@@ -11,10 +11,10 @@ help: ## this list
 	@echo "speechimg: find the right picture from a spoken description"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (5 minutes)
+demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (about ten minutes)
 	@$(PY) tools/demo.py
 
-test: dev ## everything: gates, notebooks, tests (under 20 minutes on two cores)
+test: dev ## everything: gates, notebooks, tests (about half an hour on two cores)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
