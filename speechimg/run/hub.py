@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'OURS', 'memory_of_this_machine', 'unfit', 'read_header', 'check_weights', 'table', 'card_figures',
-           'corpus_name', 'eval_results', 'write_card', 'save_files', 'fetch', 'read_run', 'HubModel',
-           'load_model_files']
+           'corpus_name', 'eval_results', 'write_card', 'save_files', 'fetch', 'read_run', 'load_weights',
+           'refuse_pickle', 'HubModel', 'load_model_files']
 
 # %% ../../nbs/research/hub.ipynb #6118514c
 import os
@@ -223,6 +223,20 @@ def read_run(file):  # metrics.json
     except (InputError, TypeError, ValueError) as error:
         warnings.warn(f"{file} is left out of the card ({error})")
 
+# %% ../../nbs/research/hub.ipynb #wgt00000
+def load_weights(cls, model, file, map_location, strict):
+    "The mixin's way to fill a model. Raises InputError."
+    try:
+        safetensors.torch.load_model(model, file, strict=strict, device=str(map_location))
+    except (OSError, SafetensorError, RuntimeError) as error:  # missing, cut, of another shape
+        raise unfit(file, error) from None
+    return model.to(map_location).eval()
+
+
+def refuse_pickle(cls, model, model_file, map_location, strict):
+    problem = "is a pickled file, which could run code"
+    raise InputError(model_file, problem, "save the model as safetensors")
+
 # %% ../../nbs/research/hub.ipynb #5a136c61
 class HubModel(
     PyTorchModelHubMixin,
@@ -260,10 +274,8 @@ class HubModel(
     def _from_pretrained(cls, **options):
         return load_model_files(cls, **options)
 
-    @classmethod
-    def _load_as_pickle(cls, model, model_file, map_location, strict):
-        problem = "is a pickled file, which could run code"
-        raise InputError(model_file, problem, "save the model as safetensors")
+    _load_as_safetensor = classmethod(load_weights)
+    _load_as_pickle = classmethod(refuse_pickle)
 
 # %% ../../nbs/research/hub.ipynb #a9dc8680
 def load_model_files(cls, *, model_id, map_location="cpu", strict=True, config=None, **where):
@@ -278,10 +290,6 @@ def load_model_files(cls, *, model_id, map_location="cpu", strict=True, config=N
 
     file, build = folder / "model.safetensors", partial(cls.empty, config, **parts)
     check_weights(file, config, build)
-    model = build()
-    try:
-        safetensors.torch.load_model(model, file, strict=strict, device=str(map_location))
-    except (OSError, SafetensorError, RuntimeError) as error:  # missing, cut, of another shape
-        raise unfit(file, error) from None
+    model = cls._load_as_safetensor(build(), file, map_location, strict)
     model.run = read_run(folder / "metrics.json")
-    return model.to(map_location).eval()
+    return model
