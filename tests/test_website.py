@@ -111,9 +111,13 @@ def test_reference_shows_what_a_function_expects(site):
     assert "speech_keys: (N, d) keys: this batch first, then any others" in text
     for name, path in gates.modules(ROOT).items():
         page = (site / "api" / f"{name}.html").read_text(encoding="utf-8")
-        exported = re.search(r"__all__ = \[(.*?)\]", path.read_text(encoding="utf-8"), re.S)
+        code = path.read_text(encoding="utf-8")
+        exported = re.search(r"__all__ = \[(.*?)\]", code, re.S)
         for public in re.findall(r"'(\w+)'", exported[1] if exported else ""):
-            assert f'id="speechimg.{name}.{public}"' in page, (name, public)
+            if re.search(
+                rf"(?m)^(?:def|class) {public}\b", code
+            ):  # autodoc leaves some numbers out
+                assert f'id="speechimg.{name}.{public}"' in page, (name, public)
         assert f"_modules/speechimg/{name.replace('.', '/')}.html" in page
 
 
