@@ -608,3 +608,13 @@ def test_every_size_of_tower_takes_a_step():
         output.loss.backward()
         alignment.update(output)
         assert output.loss.isfinite() and copy.deepcopy(alignment.model) is not None
+
+
+def test_a_start_of_another_size_is_refused_by_its_file(tmp_path):
+    "Whoever fills a model from a file gets one line that names it, not PyTorch's list of sizes."
+    from speechimg.run.checkpoints import begin_with
+
+    settings = {"towers": "small", "dim": 8, "heads": 2, "fusion_depth": 1}
+    SpeechImageModel(Config(width=16, **settings)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="model.safetensors"):
+        begin_with(SpeechImageModel(Config(width=32, **settings)), tmp_path)
