@@ -203,7 +203,7 @@ def cached(cache):
 def of_training(out, cache):
     "All that a training leaves and that the clock does not change."
     metrics = json.loads((out / "metrics.json").read_text())
-    for name in ("seconds", "command"):
+    for name in ("seconds", "command", "words"):  # the clock, and the name of the folder
         del metrics[name]
     del metrics["validation"]["seconds"]
     head, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]

@@ -9,18 +9,23 @@ Named without folder or ending; no name means all of them.
 
 import argparse
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # what a notebook may take on two cores
 KILLED_AFTER = 900  # a notebook that hangs
+LONG = {"research/plan": 160, "00_page": 150, "research/cli": 120}  # started first, where unknown
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.+?)\s*$")
 TOLD = {"capture_output": True, "text": True}
 NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
@@ -152,36 +157,60 @@ def write_catalogue(root: Path) -> None:
 # Running
 
 
-def test_one(path: Path) -> tuple[float, str]:
-    "Run one notebook's tests with nbdev_test: (seconds, what went wrong or '')."
-    start = time.monotonic()
-    code = NBDEV.format(
-        module="test", name="nbdev_test", arguments=f"path={str(path)!r}, n_workers=0"
-    )
-    command = [sys.executable, "-c", code]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=KILLED_AFTER,
-        )
-    except subprocess.TimeoutExpired:
-        return time.monotonic() - start, f"stopped after {KILLED_AFTER} seconds"
-    passed = done.returncode == 0 and "Success." in done.stdout
-    return time.monotonic() - start, "" if passed else (done.stdout + done.stderr).strip()
+def preload() -> None:
+    "Import what nearly every notebook imports, once for all of them (PyTorch alone: 3 seconds)."
+    for name in ("torch", "torchaudio", "seaborn", "ipywidgets", "nbdev.test", "nbdev.showdoc"):
+        importlib.import_module(name)
+
+
+def test_one(path: Path, said: Path) -> None:
+    "What the process of one notebook does: nbdev_test, its words into the file `said`."
+    from nbdev.test import nbdev_test
+
+    with said.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(ROOT)
+    nbdev_test.__wrapped__(path=str(path), n_workers=0)
+
+
+def tested(chosen: list[Path], workers: int, folder: Path) -> Iterator[tuple[Path, float, str]]:
+    """Test notebooks in forks of this process, `workers` at a time, in the order given.
+
+    Yields (notebook, seconds, what went wrong or "") as each one ends.
+    """
+    forks = multiprocessing.get_context("fork")
+    waiting, running = list(chosen), {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            path = waiting.pop(0)
+            said = folder / f"{name_of(path).replace('/', ' ')}.txt"
+            process = forks.Process(target=test_one, args=(path, said))
+            process.start()
+            running[process] = (path, said, time.monotonic())
+        wait([process.sentinel for process in running], timeout=1)
+        for process, (path, said, start) in list(running.items()):
+            seconds = time.monotonic() - start
+            if process.is_alive() and seconds < KILLED_AFTER:
+                continue
+            late = f"stopped after {KILLED_AFTER} seconds\n" if process.is_alive() else ""
+            process.kill()
+            process.join()
+            del running[process]
+            words = late + said.read_text(errors="replace").strip()
+            passed = process.exitcode == 0 and "Success." in words
+            yield path, seconds, "" if passed else words or f"exit status {process.exitcode}"
 
 
 def test(chosen: list[Path], workers: int) -> int:
     "nbdev_test on each notebook, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
-    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
+    known = json.loads(record.read_text()) if record.exists() else LONG
+    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), 0))
+    preload()
     failed = []
-    with ThreadPoolExecutor(workers) as pool:
-        for path, (seconds, problem) in zip(chosen, pool.map(test_one, chosen)):
+    with tempfile.TemporaryDirectory() as folder:
+        for path, seconds, problem in tested(chosen, workers, Path(folder)):
             known[name_of(path)] = round(seconds, 1)
             late = f"  over {SECONDS} s" if seconds > SECONDS else ""
             verdict = "FAILED" if problem else "passed"
