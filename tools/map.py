@@ -42,8 +42,8 @@ BOXES = {
         160, 125, 128, 66, "data", ("many recordings,", "one image id"), "store layouts"
     ),
     "attention": Box(330, 175, 140, 60, "tower", ("the block of", "all towers")),
-    "speech": Box(330, 85, 140, 60, "tower", ("frames become", "tokens"), "light hubert"),
-    "image": Box(330, 265, 140, 60, "tower", ("patches become", "tokens"), "light blip2"),
+    "speech": Box(330, 85, 140, 60, "tower", ("frames become", "tokens"), "whisper light hubert"),
+    "image": Box(330, 265, 140, 60, "tower", ("patches become", "tokens"), "lite light blip2"),
     "sic": Box(515, 165, 160, 76, "coarse", ("coarse: one vector", "against many")),
     "queue": Box(
         515, 60, 160, 66, "coarse", ("a slow teacher and", "what it saw"), "queue_negatives"
