@@ -37,7 +37,7 @@ class Box(NamedTuple):
 
 BOXES = {
     "page": Box(8, 8, 120, 58, "page", ("all of it,", "on one page")),
-    "data": Box(160, 225, 128, 66, "data", ("mask and batch",), "decode cache"),
+    "data": Box(160, 225, 128, 66, "data", ("mask and batch",), "decode cache ahead"),
     "corpora": Box(
         160, 125, 128, 66, "data", ("many recordings,", "one image id"), "store layouts"
     ),
