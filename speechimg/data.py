@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .core import InputError, memory_limit
+from .files.ahead import compute_ahead
 from .files.cache import FeatureCache, sha256
 from .files.decode import decode_audio, decode_image
 
@@ -93,6 +94,11 @@ class FileReader:
         from tqdm.auto import tqdm
 
         params = f"{getattr(front_end, 'params', '')}; {decoding}"
+        if hasattr(front_end, "many"):  # what the cache lacks, on all cores
+            compute_ahead(
+                *(self.corpus.read, paths, front_end, params, decode, self.cache),
+                progress=self.progress,
+            )
         bar = dict(desc=params.split()[0], leave=False, delay=5, disable=not self.progress)
         arrays, kept = Arrays(self.cache, params), []
         for place, path in enumerate(tqdm(paths, **bar)):

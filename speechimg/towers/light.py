@@ -167,7 +167,7 @@ class LightSpeechTower(nn.Module):
     ):
         super().__init__()
         self.front_end, self.width = front_end or LightSpeech(), config.width
-        size = LightSpeech.feature_dim
+        size = self.front_end.feature_dim
         self.norm_frames = nn.LayerNorm(size)
         convolutions = (nn.Conv1d(n, config.width, 5, padding=2) for n in (size, config.width))
         self.convolutions = nn.ModuleList(convolutions)
@@ -176,12 +176,12 @@ class LightSpeechTower(nn.Module):
 
     def forward(
         self,
-        features,  # (B, T, 96) padded
+        features,  # (B, T, F) padded; F is 96 with LightSpeech
         lengths=None,  # (B,) frames that count; all when left out
     ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); what lies behind a length changes nothing."
         mask = frame_mask(lengths, features)  # (B, T)
-        x = self.norm_frames(clean(features, mask))  # (B, T, 96)
+        x = self.norm_frames(clean(features, mask))  # (B, T, F)
         for convolution in self.convolutions:
             x = rearrange(clean(x, mask), "b t f -> b f t")  # padding is silenced each time
             x = F.gelu(rearrange(convolution(x), "b w t -> b t w"))
