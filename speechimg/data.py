@@ -95,10 +95,8 @@ class FileReader:
 
         params = f"{getattr(front_end, 'params', '')}; {decoding}"
         if hasattr(front_end, "many"):  # what the cache lacks, on all cores
-            compute_ahead(
-                *(self.corpus.read, paths, front_end, params, decode, self.cache),
-                progress=self.progress,
-            )
+            todo = self.corpus.read, paths, front_end, params, decode, self.cache
+            compute_ahead(*todo, progress=self.progress)
         bar = dict(desc=params.split()[0], leave=False, delay=5, disable=not self.progress)
         arrays, kept = Arrays(self.cache, params), []
         for place, path in enumerate(tqdm(paths, **bar)):

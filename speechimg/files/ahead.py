@@ -15,7 +15,7 @@ import torch
 from ..core import InputError
 from .cache import sha256
 
-# %% ../../nbs/research/ahead.ipynb #c3436c39
+# %% ../../nbs/research/ahead.ipynb #dff6e784
 @contextmanager
 def one_thread_each():
     "Inside it every operation of PyTorch stays on the core of its thread."
@@ -26,7 +26,7 @@ def one_thread_each():
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../../nbs/research/ahead.ipynb #d69a8df0
 def compute_ahead(
     read,  # path -> bytes
     paths,

@@ -50,7 +50,7 @@ class Inverted(nn.Module):
         y = self.narrow(F.relu6(self.look(wide)))
         return x + y if self.short_cut else y
 
-# %% ../../nbs/research/lite.ipynb #def706b6
+# %% ../../nbs/research/lite.ipynb #c4eb8e70
 # (blocks, kernel, stride of the first, widening, channels)
 STAGES = (
     (1, 3, 1, 1, 16),
@@ -87,7 +87,7 @@ class Lite(nn.Module):
         x = F.linear(patches, self.head.weight[:, :, 0, 0], self.head.bias)  # (B, P, 1280)
         return F.relu6(x).mean(1)
 
-
+# %% ../../nbs/research/lite.ipynb #2a7dd894
 @cache
 def load_lite():
     "EfficientNet-Lite0, frozen. Raises InputError."
@@ -131,7 +131,7 @@ class LiteImage:
 # %% ../../nbs/research/lite.ipynb #70d8c033
 @cache
 def class_vectors():
-    "(1000, 1280) float32, unit length, orthogonal to nothing but their own sum."
+    "(1000, 1280) float32, unit length, none of them near the mean of all."
     weight = load_lite().classes.weight  # (1000, 1280)
     return F.normalize(weight - weight.mean(0), dim=1)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATE', 'HOP', 'FRAME', 'FRONT', 'BEHIND', 'LONGEST', 'whisper_power', 'whisper_mels', 'whisper_codes',
-           'WhisperEncoder', 'load_tower', 'load_whisper', 'WhisperSpeech', 'pieces']
+           'WhisperEncoder', 'load_tower', 'load_whisper', 'pieces', 'like_lengths', 'whisper_frames', 'WhisperSpeech']
 
 # %% ../../nbs/research/whisper.ipynb #92eafaab
 from functools import cache
@@ -116,7 +116,45 @@ def load_whisper():
     "The encoder of Whisper tiny.en, frozen. Raises InputError."
     return load_tower(WhisperEncoder(), "whisper-tiny-en")
 
-# %% ../../nbs/research/whisper.ipynb #4a749c2d
+# %% ../../nbs/research/whisper.ipynb #9537ee1e
+def pieces(samples):
+    "The lengths of the pieces that a wave is heard in: one, unless it is longer than 29.6 s."
+    count = max(1, -(-samples // LONGEST))
+    size = -(-samples // count)
+    return [size] * (count - 1) + [samples - size * (count - 1)]
+
+
+def like_lengths(
+    samples,  # length of each clip
+    most,  # samples of a batch, its padding included
+):
+    "Lists of places, like lengths together."
+    batch = []
+    for row in sorted(range(len(samples)), key=samples.__getitem__):
+        if batch and (len(batch) + 1) * samples[row] > most:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+# %% ../../nbs/research/whisper.ipynb #42e4956c
+@torch.no_grad()
+def whisper_frames(
+    waves,  # a list of (n,) at 16 kHz, none longer than LONGEST
+    every,  # frames averaged to one
+):
+    "A list of (T, 384) float32: what the encoder says of clips heard side by side."
+    waves = [F.pad(wave, (FRONT, BEHIND)) for wave in waves]
+    lengths = torch.tensor([len(wave) for wave in waves])
+    mels = whisper_mels(pad_sequence(waves, batch_first=True), lengths)  # (B, M, 80)
+    alike = len(lengths.unique()) == 1  # then nothing is spent on masking
+    frames = load_whisper()(mels, None if alike else lengths // FRAME * 2)  # (B, T, 384)
+    counts = (lengths // FRAME // every).tolist()
+    groups = (clip[: n * every].unflatten(0, (n, every)) for clip, n in zip(frames, counts))
+    return [group.mean(1) for group in groups]
+
+# %% ../../nbs/research/whisper.ipynb #7a2b7196
 class WhisperSpeech:
     "Front end: the frozen encoder of Whisper tiny.en, 384 numbers every 40 ms."
 
@@ -147,39 +185,8 @@ class WhisperSpeech:
         "A list of (T, 384) float16, in the order given."
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
         parts = [part for wave in waves for part in wave.split(pieces(len(wave)))]
-        heard = [None] * len(parts)
-        for rows in self.batches([len(part) + FRONT + BEHIND for part in parts]):
-            for row, frames in zip(rows, self.hear([parts[row] for row in rows])):
-                heard[row] = frames
-        heard = iter(heard)
+        samples, heard = [len(part) + FRONT + BEHIND for part in parts], {}
+        for rows in like_lengths(samples, self.together * FRAME):
+            heard |= zip(rows, whisper_frames([parts[row] for row in rows], self.every))
+        heard = iter([heard[row].numpy().astype(np.float16) for row in range(len(parts))])
         return [np.concatenate([next(heard) for _ in pieces(len(wave))]) for wave in waves]
-
-    def batches(self, samples):  # length of each
-        "Lists of places, like lengths together."
-        batch = []
-        for row in sorted(range(len(samples)), key=samples.__getitem__):
-            if batch and (len(batch) + 1) * samples[row] > self.together * FRAME:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
-    @torch.no_grad()
-    def hear(self, waves):
-        "The frames of some waves at one go."
-        waves = [F.pad(wave, (FRONT, BEHIND)) for wave in waves]
-        lengths = torch.tensor([len(wave) for wave in waves])
-        mels = whisper_mels(pad_sequence(waves, batch_first=True), lengths)  # (B, M, 80)
-        alike = len(lengths.unique()) == 1  # then nothing is spent on masking
-        frames = load_whisper()(mels, None if alike else lengths // FRAME * 2)  # (B, T, 384)
-        for clip, count in zip(frames, (lengths // FRAME // self.every).tolist()):
-            groups = clip[: count * self.every].unflatten(0, (count, self.every))
-            yield groups.mean(1).numpy().astype(np.float16)
-
-# %% ../../nbs/research/whisper.ipynb #2379bdce
-def pieces(samples):
-    "The lengths of the pieces that a wave is heard in: one, unless it is longer than 29.6 s."
-    count = max(1, -(-samples // LONGEST))
-    size = -(-samples // count)
-    return [size] * (count - 1) + [samples - size * (count - 1)]
