@@ -167,9 +167,10 @@ def test_one(path: Path, said: Path) -> None:
     "What the process of one notebook does: nbdev_test, its words into the file `said`."
     from nbdev.test import nbdev_test
 
-    with said.open("wb") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    file = said.open("w", buffering=1)
+    sys.stdout = sys.stderr = file
+    for stream in (1, 2):  # and those of processes that the notebook starts
+        os.dup2(file.fileno(), stream)
     os.chdir(ROOT)
     nbdev_test.__wrapped__(path=str(path), n_workers=0)
 
@@ -205,8 +206,8 @@ def tested(chosen: list[Path], workers: int, folder: Path) -> Iterator[tuple[Pat
 def test(chosen: list[Path], workers: int) -> int:
     "nbdev_test on each notebook, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
-    known = json.loads(record.read_text()) if record.exists() else LONG
-    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), 0))
+    known = json.loads(record.read_text()) if record.exists() else {}
+    chosen = sorted(chosen, key=lambda path: -(LONG | known).get(name_of(path), 0))
     preload()
     failed = []
     with tempfile.TemporaryDirectory() as folder:
