@@ -265,10 +265,10 @@ def gallery(quick):
     from speechimg.retrieval import Embeddings, embed, load_features, load_model
 
     model = load_model("reference")
-    parts = [
-        embed(model, load_features(model, load_corpus("scenes", split)))
-        for split in (("val",) if quick else ("test", "test_style"))
-    ]
+    corpora = [load_corpus("scenes", split) for split in ("test", "test_style")]
+    if quick:
+        corpora = [load_corpus("scenes", "val").subset(range(80))]
+    parts = [embed(model, load_features(model, corpus)) for corpus in corpora]
     offset = [0, len(parts[0].image)]
     joined = [
         torch.cat([getattr(part, name) for part in parts])

@@ -267,25 +267,22 @@ LATE = (
 )
 
 
-def kills(what, command, result, finished, count, work, rng):
+def kills(what, command, result, finished, count, work, rng, whole=None):
     """Kill the command at `count` random moments of its work, every third time at the next file
     that is being written; each time start it again, compare every result with an undisturbed
-    one."""
+    one: `whole` = (its result, its seconds), or it is made here."""
+    nothing = {"count": 0, "late": 0, "moments": {}, "failures": []}
     if not count:
-        return {"count": 0, "late": 0, "moments": {}, "failures": []}
-    whole = work / f"{what}-whole"
-    whole.mkdir(parents=True)
-    outcome = child(command(whole, False), whole / "cache")
-    if outcome.code:
-        return {
-            "count": 0,
-            "late": 0,
-            "moments": {},
-            "failures": [f"the undisturbed run failed: {outcome.err[-300:]}"],
-        }
+        return nothing
+    if not whole:
+        folder = work / f"{what}-whole"
+        folder.mkdir(parents=True)
+        outcome = child(command(folder, False), folder / "cache")
+        if outcome.code:
+            return nothing | {"failures": [f"the undisturbed run failed: {outcome.err[-300:]}"]}
+        whole = result(folder), outcome.seconds
     expected, life, tries, done, late, rounds, moments, failures = (
-        result(whole),
-        outcome.seconds,
+        *whole,
         0,
         0,
         0,
@@ -341,7 +338,7 @@ def kills(what, command, result, finished, count, work, rng):
 def killed(bench):
     """Kills at random moments of training, indexing and evaluation, every third while a file is
     written; every run ends with the bits of an undisturbed one"""
-    count, fewer = 3 if bench.quick else 20, 0 if bench.quick else 6
+    count, fewer = 2 if bench.quick else 20, 0 if bench.quick else 6
 
     def train(folder, again):
         return cli(
@@ -383,8 +380,9 @@ def killed(bench):
             lambda folder: of_training(folder / "out", folder / "cache"),
             "out/metrics.json",
             count,
+            (of_training(bench.whole, bench.cache), bench.seconds),
         ),
-        "evaluation": (judge, of_judging, "result.json", fewer),
+        "evaluation": (judge, of_judging, "result.json", fewer, None),
         "indexing": (
             index,
             lambda folder: {
@@ -393,6 +391,7 @@ def killed(bench):
             },
             "index.safetensors",
             fewer,
+            None,
         ),
     }
     with ThreadPoolExecutor(2) as pool:  # the long one beside the two short ones
@@ -401,7 +400,11 @@ def killed(bench):
                 results,
                 pool.map(
                     lambda what: kills(
-                        what, *results[what], bench.work, random.Random(f"{SEED} {what}")
+                        what,
+                        *results[what][:-1],
+                        bench.work,
+                        random.Random(f"{SEED} {what}"),
+                        results[what][-1],
                     ),
                     results,
                 ),
@@ -1046,7 +1049,7 @@ def prepared(work, quick):
     )
     if outcome.code:
         raise SystemExit(f"the undisturbed training failed: {outcome.err}")
-    bench.features = cached(bench.cache)
+    bench.seconds, bench.features = outcome.seconds, cached(bench.cache)
     return bench
 
 

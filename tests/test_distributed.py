@@ -64,6 +64,7 @@ def launch(count, *arguments):
 FORKED_STEPS = """
 import sys
 import distributed_steps
+import torch._dynamo
 from forked import ranks
 
 sys.exit(ranks(2, lambda: distributed_steps.main(*sys.argv[1:])))
@@ -72,6 +73,7 @@ FORKED_TRAINING = """
 import sys
 import pandas
 import speechimg.train
+import torch._dynamo
 from forked import ranks
 from speechimg.cli import main
 

@@ -58,9 +58,9 @@ def environment(installed, data=None):
     )
 
 
-def python(code, folder, **options):
+def python(code, folder, *arguments, **options):
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -83,27 +83,38 @@ def test_the_wheel_is_what_is_imported_and_holds_every_module(installed, tmp_pat
     assert library(installed) == library(ROOT)
 
 
+ASK = """
+import os, sys
+from speechimg.core import InputError, data_dir
+for folder, data in zip(sys.argv[1::2], sys.argv[2::2]):
+    os.chdir(folder)
+    os.environ["SPEECHIMG_DATA"] = data
+    if not data:
+        del os.environ["SPEECHIMG_DATA"]
+    try:
+        print(data_dir())
+    except InputError as error:
+        print(error)
+"""
+
+
 def test_data_is_found_or_one_line_says_how_to_get_it(installed, tmp_path):
-    ask = "from speechimg.core import data_dir; print(data_dir())"
-    assert python(ask, tmp_path, env=environment(installed, ROOT / "data")).stdout.strip() == str(
-        ROOT / "data"
-    )
     inside = tmp_path / "clone" / "nbs"
     inside.mkdir(parents=True)
     (tmp_path / "clone" / "data").symlink_to(ROOT / "data")
-    assert Path(python(ask, inside, env=environment(installed)).stdout.strip()).samefile(
-        ROOT / "data"
-    )
     other = tmp_path / "other" / "data"
     other.mkdir(parents=True)  # a folder of that name with other things in it is not taken for it
-    missing = python(ask, other.parent, env=environment(installed))
-    assert missing.returncode and not missing.stdout
-    last = missing.stderr.strip().splitlines()[-1]
-    assert "clone" in last and "SPEECHIMG_DATA" in last
+    asked = [tmp_path, ROOT / "data", inside, "", other.parent, ""]
+    done = python(ASK, tmp_path, *map(str, asked), env=environment(installed))
+    assert not done.returncode, done.stderr
+    named, found, missing = done.stdout.splitlines()
+    assert named == str(ROOT / "data")
+    assert Path(found).samefile(ROOT / "data")
+    assert "clone" in missing and "SPEECHIMG_DATA" in missing
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "research/store", "06_sic", "research/hub", "research/model"]
+    "name", ["index", "05_image", "research/store", "research/hub", "research/model"]
 )
 def test_a_notebook_in_an_empty_folder(name, installed, tmp_path, monkeypatch):
     for key, value in environment(installed, ROOT / "data").items():

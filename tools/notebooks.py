@@ -9,7 +9,6 @@ Named without folder or ending; no name means all of them.
 
 import argparse
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -18,14 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # what a notebook may take on two cores
 KILLED_AFTER = 900  # a notebook that hangs
-LONG = {"research/plan": 160, "00_page": 150, "research/cli": 120}  # started first, where unknown
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.+?)\s*$")
 TOLD = {"capture_output": True, "text": True}
 NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
@@ -157,60 +154,45 @@ def write_catalogue(root: Path) -> None:
 # Running
 
 
-def preload() -> None:
-    "Import what nearly every notebook imports, once for all of them (PyTorch alone: 3 seconds)."
-    for name in ("torch", "torchaudio", "seaborn", "ipywidgets", "nbdev.test", "nbdev.showdoc"):
-        importlib.import_module(name)
-
-
 def test_one(path: Path, said: Path) -> None:
     "What the process of one notebook does: nbdev_test, its words into the file `said`."
     from nbdev.test import nbdev_test
 
-    with said.open("wb") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file = said.open("w", buffering=1)
+    for stream in (1, 2):  # and those of processes that the notebook starts
+        os.dup2(file.fileno(), stream)
     os.chdir(ROOT)
-    nbdev_test.__wrapped__(path=str(path), n_workers=0)
+    nbdev_test.__wrapped__(path=str(path), n_workers=0)  # ends the process if a cell fails
+    os._exit(0)
 
 
-def tested(chosen: list[Path], workers: int, folder: Path) -> Iterator[tuple[Path, float, str]]:
-    """Test notebooks in forks of this process, `workers` at a time, in the order given.
-
-    Yields (notebook, seconds, what went wrong or "") as each one ends.
-    """
-    forks = multiprocessing.get_context("fork")
-    waiting, running = list(chosen), {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            path = waiting.pop(0)
-            said = folder / f"{name_of(path).replace('/', ' ')}.txt"
-            process = forks.Process(target=test_one, args=(path, said))
-            process.start()
-            running[process] = (path, said, time.monotonic())
-        wait([process.sentinel for process in running], timeout=1)
-        for process, (path, said, start) in list(running.items()):
-            seconds = time.monotonic() - start
-            if process.is_alive() and seconds < KILLED_AFTER:
-                continue
-            late = f"stopped after {KILLED_AFTER} seconds\n" if process.is_alive() else ""
-            process.kill()
-            process.join()
-            del running[process]
-            words = late + said.read_text(errors="replace").strip()
-            passed = process.exitcode == 0 and "Success." in words
-            yield path, seconds, "" if passed else words or f"exit status {process.exitcode}"
+def timed(path: Path, folder: Path) -> tuple[float, str]:
+    "Test one notebook in a fork of this process: (seconds, what went wrong or '')."
+    said, start = folder / f"{path.parent.name} {path.stem}.txt", time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=test_one, args=(path, said))
+    process.start()
+    process.join(KILLED_AFTER)
+    late = f"stopped after {KILLED_AFTER} seconds\n" if process.is_alive() else ""
+    process.kill()
+    process.join()
+    words = late + said.read_text(errors="replace").strip()
+    passed = process.exitcode == 0 and "Success." in words
+    return time.monotonic() - start, "" if passed else f"{words} (exit {process.exitcode})"
 
 
 def test(chosen: list[Path], workers: int) -> int:
     "nbdev_test on each notebook, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
-    known = json.loads(record.read_text()) if record.exists() else LONG
-    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), 0))
-    preload()
+    known = json.loads(record.read_text()) if record.exists() else {}
+    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
+    import nbdev.test  # noqa: F401  # what nearly all notebooks import, once for all
+    import seaborn  # noqa: F401
+    import torchaudio  # noqa: F401
+
     failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        for path, seconds, problem in tested(chosen, workers, Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        found = pool.map(timed, chosen, [Path(folder)] * len(chosen))
+        for path, (seconds, problem) in zip(chosen, found):
             known[name_of(path)] = round(seconds, 1)
             late = f"  over {SECONDS} s" if seconds > SECONDS else ""
             verdict = "FAILED" if problem else "passed"
@@ -240,13 +222,8 @@ def run(chosen: list[Path]) -> None:
     for path in chosen:
         start = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
-        client = Client(
-            notebook,
-            timeout=KILLED_AFTER,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}},
-        )
-        client.execute()
+        place = {"metadata": {"path": str(path.parent)}}
+        Client(notebook, timeout=KILLED_AFTER, kernel_name="python3", resources=place).execute()
         half = path.with_suffix(".tmp")
         nbformat.write(notebook, half)
         os.replace(half, path)
@@ -256,9 +233,7 @@ def run(chosen: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Test, run or export the notebooks.")
     parser.add_argument("command", choices=["test", "run", "export"])
-    parser.add_argument(
-        "names", nargs="*", help="notebooks, without folder or ending; all of them if none is named"
-    )
+    parser.add_argument("names", nargs="*", help="06_sic, research/hub ...; all if none is named")
     parser.add_argument("--workers", type=int, default=2, help="how many are tested at a time")
     options = parser.parse_args()
     there = {name_of(path): path for path in paths(ROOT)}

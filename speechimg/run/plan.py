@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING_ON', 'FEW', 'STRETCH', 'SHARE', 'SPEED', 'PER_PICTURE', 'REPORT', 'LARGE_DISK', 'most_held', 'Live',
-           'answer', 'numberless', 'shapes', 'random_batch', 'fill', 'blip2_sizes', 'empty_towers', 'ready',
-           'frozen_beside', 'size', 'parts', 'profile_step', 'memory_needed', 'time_needed', 'disk_needed', 'plan',
-           'amount', 'report', 'assumed', 'allocator', 'kept_for_backward', 'measure']
+           'answer', 'Blind', 'numberless', 'shapes', 'random_batch', 'fill', 'blip2_sizes', 'works_in_each_step',
+           'empty_towers', 'ready', 'frozen_beside', 'size', 'parts', 'count_step', 'profile_steps', 'memory_needed',
+           'time_needed', 'disk_needed', 'plan', 'amount', 'report', 'assumed', 'allocator', 'kept_for_backward',
+           'measure']
 
 # %% ../../nbs/research/plan.ipynb #955f49e6
 import math
@@ -24,7 +25,6 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..alignment import Alignment, encode
@@ -58,7 +58,7 @@ class Live(TorchDispatchMode):
         made = answer(function, *arguments) if self.blind else NotImplemented
         if made is NotImplemented:
             made = function(*arguments, **(options or {}))
-        for one in tree_leaves(made):
+        for one in made if isinstance(made, (tuple, list)) else (made,):
             if torch.is_tensor(one):
                 self.count(one.untyped_storage())
         return made
@@ -78,6 +78,8 @@ class Live(TorchDispatchMode):
 def answer(function, x=None, *more):  # an operation of torch, its tensor, its other arguments
     "What a tensor without numbers says. How many? Plenty. Is it so? No. Which of them? All."
     aten = torch.ops.aten
+    if function is torch.ops.prim.device.default:  # two of three questions: no need to pass it on
+        return x.fake_device
     if function is aten._local_scalar_dense.default:
         return False if x.dtype == torch.bool else 10**9
     if function is aten.nonzero.default:
@@ -87,6 +89,14 @@ def answer(function, x=None, *more):  # an operation of torch, its tensor, its o
         if mask.dtype == torch.bool:
             return x.reshape(mask.numel(), *x.shape[mask.dim() :]).clone()
     return NotImplemented
+
+
+class Blind(TorchDispatchMode):
+    "Gives the `answer` above to every question inside it."
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = answer(function, *arguments)
+        return function(*arguments, **(options or {})) if made is NotImplemented else made
 
 
 @contextmanager
@@ -99,7 +109,7 @@ def numberless():
     try:
         # .float() and .to() do nothing: all is float32 on the CPU already
         torch.nn.Module._apply = lambda module, change, recurse=True: module
-        with mode, no_init_weights(), Live(blind=True), warnings.catch_warnings():
+        with mode, no_init_weights(), Blind(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors without an address
             yield
     finally:
@@ -155,6 +165,11 @@ def blip2_sizes(model):  # name on the hub
         return here(lambda kind: kind(vision_config=vit_g))
 
 
+def works_in_each_step(tower):
+    "Is its frozen part needed in training? Not if its features are cached."
+    return bool(getattr(tower, "frozen", None)) and tower.front_end.feature_dim in (1, 3)
+
+
 def empty_towers(config):  # Config
     "(speech tower, image tower) with random weights: nothing is downloaded."
     if config.towers != "paper":
@@ -167,9 +182,9 @@ def empty_towers(config):  # Config
             blip2_sizes(config.image_model).save_pretrained(folder)
             config = replace(config, image_model=folder)
         speech, image = paper_towers(config, weights=False)
-        if speech.frozen:
+        if works_in_each_step(speech):
             speech.frozen.network = load_hubert(config.speech_model, False)
-        if image.frozen:
+        if works_in_each_step(image):
             image.frozen.network = load_blip2(config.image_model, config.qformer, False)
     return speech, image
 
@@ -191,13 +206,9 @@ EVERYTHING_ON = 10**9  # a step so late that warm-ups and ramps are over
 
 
 def frozen_beside(model):  # SpeechImageModel
-    "Tensors of frozen towers that work in every step; cached ones are not needed in training."
+    "Tensors of frozen towers that work in every step."
     towers = model.speech_tower, model.image_tower
-    at_work = [
-        tower.frozen.network
-        for tower in towers
-        if getattr(tower, "frozen", None) and tower.front_end.feature_dim in (1, 3)
-    ]
+    at_work = [tower.frozen.network for tower in towers if works_in_each_step(tower)]
     return [one for network in at_work for one in (*network.parameters(), *network.buffers())]
 
 
@@ -229,28 +240,33 @@ def parts(alignment):
     }
 
 # %% ../../nbs/research/plan.ipynb #5233228f
-def profile_step(config, pairs, seconds):  # Config, B, length of every recording
-    "Numbers and bytes of the parts; beyond those, bytes at peak and saved for backward; FLOPs."
+def count_step(alignment, batch, blind):  # Alignment; Batch; do tensors hold no numbers?
+    "Bytes of the batch; beyond what is there anyway, at peak and saved for backward; FLOPs."
+    trained = [one for one in alignment.model.parameters() if one.requires_grad]
+    for one in trained:
+        one.grad = torch.zeros_like(one)  # counted apart: in a step they are there all the time
+    given = [one for one in vars(batch).values() if torch.is_tensor(one)]
+    known = [*alignment.parameters(), *alignment.buffers(), *frozen_beside(alignment.model)]
+    known += given + [one.grad for one in trained]
+    with FlopCounterMode(display=False) as counter, Live(known, blind) as live:
+        output = alignment(batch, EVERYTHING_ON)
+        saved = live.now
+        output.loss.backward()
+    flops = counter.get_total_flops()
+    return {"batch": size(given), "saved": saved, "peak": live.peak, "flops": flops}
+
+
+def profile_steps(config, batches):  # Config; [(B, length of every recording), ...]
+    "What `count_step` counts of each batch, and the parts of the one model that serves all."
     fake = config.towers == "paper"  # without numbers a GRU goes step by step: others are real
     with numberless() if fake else nullcontext():
-        alignment, batch = ready(config, pairs, seconds)
-        trained = [one for one in alignment.model.parameters() if one.requires_grad]
-        for one in trained:
-            one.grad = torch.zeros_like(one)  # counted apart: in a step they are there all the time
-        given = [one for one in vars(batch).values() if torch.is_tensor(one)]
-        known = [*alignment.parameters(), *alignment.buffers(), *frozen_beside(alignment.model)]
-        known += given + [one.grad for one in trained]
-        with Live(known, fake) as live, FlopCounterMode(display=False) as counter:
-            output = alignment(batch, EVERYTHING_ON)
-            saved = live.now
-            output.loss.backward()
-    return parts(alignment) | {
-        "shapes": shapes(alignment.model, seconds),
-        "batch": size(given),
-        "saved": saved,
-        "peak": live.peak,
-        "flops": counter.get_total_flops(),
-    }
+        alignment, _ = ready(config, *batches[0])
+        there, counted = parts(alignment), []
+        for pairs, seconds in batches:
+            batch = random_batch(alignment.model, pairs, seconds)
+            facts = {"shapes": shapes(alignment.model, seconds)}
+            counted.append(there | facts | count_step(alignment, batch, fake))
+    return counted
 
 # %% ../../nbs/research/plan.ipynb #a7bbfd3a
 FEW = 2  # pairs that are counted; and twice as many
@@ -262,7 +278,7 @@ SPEED = {"bfloat16": 100.0, "float32": 10.0}
 PER_PICTURE = 5  # recordings per picture, as in Flickr8k and SpokenCOCO
 
 # %% ../../nbs/research/plan.ipynb #1c7f3749
-def memory_needed(config, few, twice, memory):  # Config; profile_step of FEW, 2 FEW pairs; GiB
+def memory_needed(config, few, twice, memory):  # Config; FEW and 2 FEW pairs, counted; GiB
     "What a step takes, and how many pairs at once fit: memory grows evenly with the batch."
     needs = [one["peak"] + one["batch"] for one in (few, twice)]
     per_pair = (needs[1] - needs[0]) / FEW
@@ -323,8 +339,10 @@ def plan(
 
     seconds = min(seconds, config.max_seconds)
     longest = config.max_seconds * (STRETCH if config.augment else 1)
-    few, twice = (profile_step(config, size, longest) for size in (FEW, 2 * FEW))
-    usual = few if seconds == longest else profile_step(config, FEW, seconds)
+    batches = [(FEW, longest), (2 * FEW, longest)]
+    batches += [(FEW, seconds)] if seconds != longest else []
+    few, twice, *others = profile_steps(config, batches)
+    usual = others[0] if others else few
     return (
         {"parameters": few["parameters"], "bytes": few["bytes"]}
         | memory_needed(config, few, twice, memory)
