@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from speechimg import distillation, mining, queue, retrieval, sic, sim
 from speechimg.alignment import Alignment
 from speechimg.core import Config
-from speechimg.data import Batch
+from speechimg.data import collate
 from speechimg.model import Embedded
 
 SMALL = {"STEPS": 9, "BATCH": 6, "START": 3, "FINE": 2, "RAMP": 4, "QUEUE": 16, "SIBLINGS": 4}
@@ -53,19 +53,28 @@ def cell_with(root, text):
     return found
 
 
+class Toy(SimpleNamespace):
+    "As much of a Features as the page uses."
+
+    def __len__(self):
+        return len(self.speech)
+
+
 @pytest.fixture
 def toy():
     "Twenty-four recordings of eight pictures: noise of the right shapes."
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(4, 12, (24,), generator=generator)
-    return {
-        "frames": torch.randn(24, 12, 96, generator=generator),
-        "lengths": lengths,
-        "patches": torch.randn(8, 36, 320, generator=generator),
-        "picture": torch.arange(24) % 8,
-        "ids": torch.arange(24) % 8,
-        "groups": torch.arange(24) % 8 // 2,
-    }
+    frames = [torch.randn(n, 384, generator=generator).numpy() for n in lengths.tolist()]
+    return Toy(
+        speech=frames,
+        lengths=lengths.numpy(),
+        image=list(torch.randn(8, 25, 320, generator=generator).numpy()),
+        image_of=torch.arange(24) % 8,
+        ids=torch.arange(24) % 8,
+        groups=torch.arange(24) % 8 // 2,
+        uttids=[""] * 24,
+    )
 
 
 def unit(*shape, seed):
@@ -95,7 +104,7 @@ def test_targets_and_the_coarse_loss(page):
     assert_close(soft, distillation.soft_targets(logits, labels, 0.3), **NEAR)
     assert not soft.requires_grad
 
-    ours, to_image, to_speech = page["coarse_loss"](*embeddings, soft, labels, tau)
+    ours, (to_image, to_speech) = page["coarse_loss"](*embeddings, (soft, labels), tau)
     theirs = sic.sic_loss(*embeddings, (soft, labels), tau)
     assert_close(ours, theirs.loss, **NEAR)
     assert_close(to_image, theirs.speech_to_image, **NEAR)
@@ -137,7 +146,7 @@ def test_teacher_and_queue(page):
     for one, other in zip(ours.parameters(), theirs.parameters()):
         assert_close(one, other, **NEAR)
 
-    kept, ring = page["empty"](), queue.EmbeddingQueue(7, page["WIDTH"])
+    kept, ring = page["EMPTY"], queue.EmbeddingQueue(7, page["WIDTH"])
     for seed in range(4):
         new = unit(3, page["WIDTH"], seed=seed), unit(3, page["WIDTH"], seed=9 + seed)
         ids = torch.arange(3) + 3 * seed
@@ -155,6 +164,16 @@ def same_keys(kept, ring):
 def sorted_keys(speech, image, ids):
     order = sorted(range(len(ids)), key=lambda row: (ids[row], *speech[row, :2].tolist()))
     return speech[order], image[order], ids[order]
+
+
+def test_padding_is_not_heard(page):
+    towers, frames = page["Towers"]().eval(), torch.randn(1, 9, 384)
+    alone = towers.speech(frames, torch.tensor([9]))
+    padded = torch.cat([frames, torch.full((1, 6, 384), 7.0)], 1)
+    tokens, mask, embedding = towers.speech(padded, torch.tensor([9]))
+    assert mask.sum() == mask[0, : alone[1].shape[1]].sum() == alone[1].sum()
+    assert_close(tokens[mask], alone[0][0], **NEAR)
+    assert_close(embedding, alone[2], **NEAR)
 
 
 # The whole of it
@@ -238,13 +257,15 @@ def without_dropout(*modules):
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
+            if isinstance(part, nn.MultiheadAttention):
+                part.dropout = 0.0
 
 
 def test_the_loop_takes_the_steps_of_the_library(page, root, toy):
     page["train"] = toy
     exec(cell_with(root, "copy.deepcopy(student)"), page)
     page.update(SMALL)
-    without_dropout(page["student"], page["teacher"])
+    without_dropout(page["student"], page["teacher"], page["matcher"])
     with torch.no_grad():
         page["tau"].fill_(0.9)  # out of its range: both limit it
     parts = copy.deepcopy((page["student"], page["matcher"], page["tau"]))
@@ -252,12 +273,12 @@ def test_the_loop_takes_the_steps_of_the_library(page, root, toy):
     seen = spy_on_loop(page)
     exec(cell_with(root, "for step in range(STEPS)"), page)
     assert len(seen) == SMALL["STEPS"]
-    assert any(len(set(one.batch[3].tolist())) < SMALL["BATCH"] for one in seen)  # one id twice
+    assert any(len(set(one.batch.ids.tolist())) < SMALL["BATCH"] for one in seen)  # one id twice
 
     model = alignment.model
     weights = [*model.encoders.parameters(), *model.matcher.parameters(), model.temperature]
     for step, ours in enumerate(seen):
-        output = alignment(Batch(*ours.batch, []), step, ours.draws)
+        output = alignment(ours.batch, step, ours.draws)
         alignment.zero_grad()
         output.loss.backward()
         assert_close(ours.coarse.detach(), output.sic, **NEAR)
@@ -284,11 +305,13 @@ def test_the_loop_takes_the_steps_of_the_library(page, root, toy):
 def test_recall_before_and_after_reranking(page, toy):
     ours, matcher = page["Towers"]().eval(), page["Matcher"]().eval()
     tau = torch.tensor(0.1)
-    coarse, best, final = page["answer"](ours, matcher, tau, toy, 3)
+    asked = collate(toy, torch.arange(len(toy)))
+    pictures = torch.stack([torch.tensor(one) for one in toy.image])
+    coarse, best, final = page["answer"](ours, matcher, tau, asked, pictures, 3)
     model = Model(page, ours, matcher, tau).eval()
     with torch.no_grad():
-        speech = model.encoders.encode_speech(toy["frames"], toy["lengths"])
-        image = model.encoders.encode_image(toy["patches"])
+        speech = model.encoders.encode_speech(asked.speech, asked.speech_lengths)
+        image = model.encoders.encode_image(pictures)
 
         def score_pairs(queries, candidates):
             logits = model.match(*speech[:2], image.tokens, (queries, candidates))
@@ -302,6 +325,6 @@ def test_recall_before_and_after_reranking(page, toy):
         full = scores
         if candidates is not None:
             full = torch.full_like(coarse, -1e9).scatter(1, candidates, scores)
-        theirs = retrieval.recall_at_k(full, toy["picture"], (1, 2, 3))["speech_to_image"]
-        shares = page["recall"](full, toy["picture"], (1, 2, 3))
-        assert shares == pytest.approx(list(theirs.values()), abs=1e-4)
+        theirs = retrieval.recall_at_k(full, toy.image_of, (1, 2, 3))["speech_to_image"]
+        theirs = pytest.approx(list(theirs.values()), abs=1e-4)
+        assert page["recall"](full, toy.image_of, (1, 2, 3)) == theirs
