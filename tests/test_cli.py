@@ -968,6 +968,11 @@ def test_setting_values():
 # a process of its own: speed, signals, pipes
 
 
+def listening():
+    "A shell's background job starts with Ctrl-C switched off, and so does what it starts."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def process(place, *arguments, **options):
     "The command in a process of its own."
     environment = os.environ | {
@@ -981,6 +986,7 @@ def process(place, *arguments, **options):
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=listening,
         **options,
     )
 

@@ -219,6 +219,7 @@ def run(chosen: list[Path]) -> None:
                 return cell
             return await super().async_execute_cell(cell, *arguments, **options)
 
+    os.environ.pop("MPLBACKEND", None)  # plots belong into the notebook
     for path in chosen:
         start = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
