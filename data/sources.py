@@ -1,4 +1,4 @@
-"""Fetch the raw packages that the two corpora are built from, by name, with the ordinary clients.
+"""Fetch the raw packages that the corpora are built from, by name, with the ordinary clients.
 
     python data/sources.py            # all of them
     python data/sources.py openmoji   # one
@@ -27,7 +27,7 @@ class Source:
     it comes.
     """
 
-    client: str  # "apt" (a Debian package) or "npm"
+    client: str  # "apt" (a Debian package), "npm" or "pip" (a wheel)
     version: str  # the exact version
     licence: str  # SPDX name, of the part that the corpora use
     digest: str  # SHA-256 of the downloaded file, hexadecimal
@@ -71,15 +71,45 @@ SOURCES = {
     "emojibase-data": Source(
         "npm", "17.0.0", "MIT", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
     ),
+    # clip art of `things`
+    "openclipart-svg": Source(
+        "apt",
+        "1:0.18+dfsg-19",
+        "CC-PDDC",
+        "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+    ),
+    # synonyms, general words and how often texts use them
+    "wordnet-base": Source(
+        "apt",
+        "1:3.0-37",
+        "WordNet-3.0",
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    ),
+    # the synsets of ImageNet's classes, in the classifier's order
+    "timm": Source(
+        "pip",
+        "1.0.20",
+        "Apache-2.0",
+        "f6e62f780358476691996c47aa49de87b95cc507edf923c3042f74a07e45b7fe",
+    ),
+}
+
+COMMANDS = {
+    "apt": ["apt-get", "-q", "download", "{}={}"],
+    "npm": ["npm", "pack", "--silent", "{}@{}"],
+    "pip": [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "{}=={}"],
+}
+UNPACK = {
+    "apt": ["dpkg-deb", "-x", "{file}", "{folder}"],
+    # npm archives hold one top folder, "package"
+    "npm": ["tar", "-xzf", "{file}", "-C", "{folder}", "--strip-components=1"],
+    "pip": [sys.executable, "-m", "zipfile", "-e", "{file}", "{folder}"],
 }
 
 
 def download(name: str, source: Source, folder: Path) -> Path:
     "Let the package's own client bring the file into `folder`; returns its path."
-    if source.client == "apt":
-        command = ["apt-get", "-q", "download", f"{name}={source.version}"]
-    else:
-        command = ["npm", "pack", "--silent", f"{name}@{source.version}"]
+    command = [part.format(name, source.version) for part in COMMANDS[source.client]]
     if shutil.which(command[0]) is None:
         raise SystemExit(
             f"{name}: the client {command[0]} is not installed; install it, or use the "
@@ -121,12 +151,8 @@ def fetch(name: str) -> Path:
                 f"{name} {source.version}: SHA-256 is {digest}, expected {source.digest}; "
                 "not the pinned file"
             )
-        if source.client == "apt":
-            subprocess.run(["dpkg-deb", "-x", str(file), str(unpacked)], check=True)
-        else:  # npm archives hold one top folder, "package"
-            subprocess.run(
-                ["tar", "-xzf", str(file), "-C", str(unpacked), "--strip-components=1"], check=True
-            )
+        command = [part.format(file=file, folder=unpacked) for part in UNPACK[source.client]]
+        subprocess.run(command, check=True)
         try:
             unpacked.rename(target)
         except OSError:
