@@ -77,6 +77,7 @@ corpora: ## build data/*.zip again from the packages that data/README.md names
 	@$(PY) data/sources.py
 	@$(PY) data/build_scenes.py
 	@$(PY) data/build_stamps.py
+	@$(PY) data/build_things.py
 	@$(PY) data/describe.py --write
 
 clean: ## forget computed features, trainings and the site (.venv stays)
