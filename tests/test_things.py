@@ -218,6 +218,15 @@ def test_pictures(archives, manifests):
             assert ((255 - pixels).max(-1) > 30).mean() > 0.01, entry["image"]
 
 
+def test_readme_quotes_the_archives(monkeypatch):
+    monkeypatch.syspath_prepend(str(DATA))
+    import describe
+
+    readme = (DATA / "README.md").read_text()
+    for part in describe.things():
+        assert part in readme, "run python data/describe.py --write"
+
+
 def test_loads(monkeypatch):
     from speechimg.corpora import load_corpus
 
