@@ -374,6 +374,11 @@ def class_words(told):
 # Splits
 
 
+def by_lot(names, what):
+    "Names in an order drawn by lot, each for itself: a new name moves none of the others."
+    return sorted(names, key=lambda name: random.Random(f"{SEED} {what} {name}").random())
+
+
 def new_words(nouns, known):
     """{'val'|'test': words that training never says}. One word each, part of no other phrase, not
     among the nouns of `scenes`, and without a class: what classifiers know is worth hearing.
@@ -384,31 +389,29 @@ def new_words(nouns, known):
         return not any(noun.lower() in phrase for phrase in phrases if phrase != noun.lower())
 
     free = [n for n in nouns if " " not in n and n not in {*PROPER, *scenes.NOUNS, *known}]
-    free = [noun for noun in free if len(noun) > 2 and alone(noun)]
-    random.Random(f"{SEED} words").shuffle(free)
+    free = by_lot((noun for noun in free if len(noun) > 2 and alone(noun)), "words")
     test = NEW_WORDS["test"]
     return dict(test=free[:test], val=free[test : test + NEW_WORDS["val"]])
 
 
 def new_pictures(taught, clip, codes):
     "{'val'|'test': {noun: group}}: clip art kept from training, of nouns that have other pictures."
-    rng = random.Random(f"{SEED} pictures")
     able = [
         noun
         for noun in taught
         if noun in clip and len(clip[noun]) + (noun in codes) > 1 and not is_plural(noun)
     ]
-    rng.shuffle(able)
-    test = NEW_PICTURES["test"]
+    able, test = by_lot(able, "pictures"), NEW_PICTURES["test"]
     parts = dict(test=able[:test], val=able[test : test + NEW_PICTURES["val"]])
-    return {split: {n: rng.choice(clip[n]) for n in nouns} for split, nouns in parts.items()}
+    return {
+        split: {n: random.Random(f"{SEED} picture {n}").choice(clip[n]) for n in nouns}
+        for split, nouns in parts.items()
+    }
 
 
 def new_styles(taught, codes):
     "{'val'|'test': nouns}, to be drawn in the style held out."
-    able = [noun for noun in taught if noun in codes]
-    random.Random(f"{SEED} styles").shuffle(able)
-    test = NEW_STYLES["test"]
+    able, test = by_lot((n for n in taught if n in codes), "styles"), NEW_STYLES["test"]
     return dict(test=able[:test], val=able[test : test + NEW_STYLES["val"]])
 
 
