@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 SEED, RATE = 2411, scenes.RATE
 SIDE, BOX = 160, 148  # of the picture, and of the box that a drawing is fitted into, in pixels
 CLIP_ART = "clip-art"
+LISTS = ("things_drawings.tsv", "things_emoji.tsv")
 # Each emoji is learnt in two of four styles; a fifth is shown in val and test alone.
 STYLE_PAIRS = (
     ("fluent-3d", "twemoji"),
@@ -318,28 +319,26 @@ def paint(task):
     return out
 
 
+def singulars():
+    "{a label in the plural: its singular}, where that is a label or a word of a class, too."
+    labels = {row[1] for name in LISTS for row in read_table(name) if row[1]}
+    return {plural(word): word for word in sorted(labels | set(class_words(classes())))}
+
+
 def drawings():
-    """{noun: [group, ...]}, a group being the files of drawings alike but for their colours. A
-    label in the plural belongs to its singular where that is a label too.
-    """
-    rows = [row for row in read_table("things_drawings.tsv") if row[1]]
-    emoji_labels = {label for _, label in read_table("things_emoji.tsv")}
-    labels = {label for _, label, _ in rows} | emoji_labels
-    single = {plural(label): label for label in sorted(labels)}
-    groups = collections.defaultdict(dict)
-    for file, label, note in rows:
-        first = note.removeprefix("like ") or file
-        groups[single.get(label, label)].setdefault(first, []).append(file)
+    "{noun: [group, ...]}, a group being the files of drawings alike but for their colours."
+    single, groups = singulars(), collections.defaultdict(dict)
+    for file, label, note in read_table("things_drawings.tsv"):
+        if label:
+            first = note.removeprefix("like ") or file
+            groups[single.get(label, label)].setdefault(first, []).append(file)
     return {noun: list(found.values()) for noun, found in sorted(groups.items())}
 
 
 def emoji_codes():
     "{noun: [code point, ...]}."
-    rows, clip = read_table("things_emoji.tsv"), read_table("things_drawings.tsv")
-    labels = {label for _, label in rows} | {label for _, label, _ in clip if label}
-    single = {plural(label): label for label in sorted(labels)}
-    codes = collections.defaultdict(list)
-    for code, label in rows:
+    single, codes = singulars(), collections.defaultdict(list)
+    for code, label in read_table("things_emoji.tsv"):
         codes[single.get(label, label)].append(code)
     return dict(sorted(codes.items()))
 
