@@ -360,40 +360,61 @@ def scenes_of(groups, rng, repeat=False):
 
 
 # Drawing
+def variants(code):
+    "The ways in which packages write a code point or sequence: with and without its selector."
+    plain = code.lower().replace("-fe0f", "")
+    return code.lower(), plain, f"{plain}-fe0f"
+
+
+def first_file(names):
+    return next(path for path in names if path.exists())
+
+
+@functools.cache
+def flat_icons():
+    folder = sources.fetch("@iconify-json/fluent-emoji-flat")
+    return [json.loads((folder / name).read_text()) for name in ("icons.json", "chars.json")]
+
+
+def emoji_svg(code, style):
+    "One emoji as SVG, in one of the styles that come as such."
+    if style == "twemoji":
+        folder = sources.fetch("@twemoji/svg")
+        return first_file(folder / f"{name}.svg" for name in variants(code)).read_text()
+    if style == "openmoji":
+        folder = sources.fetch("openmoji") / "color/svg"
+        return first_file(folder / f"{name.upper()}.svg" for name in variants(code)).read_text()
+    icons, chars = flat_icons()
+    body = icons["icons"][next(chars[name] for name in variants(code) if name in chars)]["body"]
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
+
+
+def emoji(code, style):
+    "The drawing of one emoji, about 256 pixels: PIL image, RGBA."
+    if style == "fluent-3d":
+        folder = sources.fetch("@lobehub/fluent-emoji-3d") / "assets"
+        path = first_file(folder / f"{name}.webp" for name in variants(code))
+        return Image.open(path).convert("RGBA")
+    if style == HELD_OUT_STYLE:
+        font = ImageFont.truetype(
+            str(next(sources.fetch("fonts-noto-color-emoji").rglob("NotoColorEmoji.ttf"))), 109
+        )
+        text = "".join(chr(int(part, 16)) for part in variants(code)[1].split("-"))
+        image = Image.new("RGBA", (160, 160))
+        ImageDraw.Draw(image).text((12, 12), text, font=font, embedded_color=True)
+        return image
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=emoji_svg(code, style), width=320, height=320)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
 @functools.cache
 def sprite(noun, style):
     """The drawing of one noun, cropped to what is drawn: PIL image, premultiplied RGBA, about 256
     pixels.
     """
-    code = NOUNS[noun]
-    if style == "fluent-3d":
-        image = Image.open(
-            sources.fetch("@lobehub/fluent-emoji-3d") / f"assets/{code}.webp"
-        ).convert("RGBA")
-    elif style == HELD_OUT_STYLE:
-        font = ImageFont.truetype(
-            str(next(sources.fetch("fonts-noto-color-emoji").rglob("NotoColorEmoji.ttf"))), 109
-        )
-        image = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(image).text((12, 12), chr(int(code, 16)), font=font, embedded_color=True)
-    else:
-        import resvg_py
-
-        if style == "twemoji":
-            svg = (sources.fetch("@twemoji/svg") / f"{code}.svg").read_text()
-        elif style == "openmoji":
-            svg = (sources.fetch("openmoji") / f"color/svg/{code.upper()}.svg").read_text()
-        else:
-            folder = sources.fetch("@iconify-json/fluent-emoji-flat")
-            icons, chars = (
-                json.loads((folder / "icons.json").read_text()),
-                json.loads((folder / "chars.json").read_text()),
-            )
-            body = icons["icons"][chars[code]]["body"]
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
-        image = Image.open(
-            io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=320, height=320)))
-        ).convert("RGBA")
+    image = emoji(NOUNS[noun], style)
     image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
     return image.convert("RGBa")  # premultiplied: edges do not pick up a halo when resized
 

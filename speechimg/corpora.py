@@ -43,6 +43,7 @@ class Picture:
     concepts: list = field(default_factory=list)  # the nouns to be seen
     scene: dict | None = None  # how it was composed, for made-up scenes
     group: int = -1  # siblings share a number; -1 = none
+    classes: list = field(default_factory=list)  # of ImageNet: a word without a picture, path ""
 
 # %% ../nbs/02_corpora.ipynb #2279aa2a
 class Decoding:
@@ -145,15 +146,17 @@ class Intake:
 # %% ../nbs/02_corpora.ipynb #ddec7d24
 def take_entry(intake, number, where, entry, named):  # named: whether entry 0 has a meaning
     "One picture and its captions. Raises InputError."
-    path, spoken = typed(entry, "image", str, where), typed(entry, "captions", list, where, [])
+    classes, spoken = (typed(entry, key, list, where, []) for key in ("classes", "captions"))
+    path = typed(entry, "image", str, where, "" if classes else ...)
     concepts = typed(entry, "concepts", list, where, [])
     if not all(isinstance(concept, str) for concept in concepts):
         raise InputError(where, f"'concepts' is {concepts!r:.40}", "give a list of texts")
     own = meaning(entry, number, where, named)
-    intake.there(path, where)
+    if path or not classes:
+        intake.there(path, where)
+        intake.once("image", path, where)
     scene, group = typed(entry, "scene", dict, where, None), typed(entry, "group", int, where, -1)
-    intake.once("image", path, where)
-    intake.pictures.append(Picture(path, own, concepts, scene, group))
+    intake.pictures.append(Picture(path, own, concepts, scene, group, classes))
     for one in spoken:
         with intake.attempt():
             uttid, wav = (typed(one, key, str, where) for key in ("uttid", "wav"))
@@ -178,7 +181,7 @@ def meaning(entry, number, where, named):
 # %% ../nbs/02_corpora.ipynb #086d4b97
 def find(name_or_path):
     "The Store of a shipped corpus, or of the user's own folder or archive. Raises InputError."
-    if str(name_or_path) not in ("scenes", "stamps"):
+    if str(name_or_path) not in ("scenes", "stamps", "things"):
         return Store(name_or_path)
     archive = data_dir() / f"{name_or_path}.zip"
     return Store(archive if archive.exists() else archive.with_suffix(""))
@@ -266,15 +269,16 @@ def check_split(store, layout, split):
     corpus = tried(faults, read_split, store, layout, split, "skip", False)
     if corpus is None:
         return [str(fault) for fault in faults], set()
-    for index in range(len(corpus.pictures)):
-        tried(faults, corpus.load_picture, index)
+    for index, picture in enumerate(corpus.pictures):
+        if picture.path:
+            tried(faults, corpus.load_picture, index)
     for index, caption in enumerate(corpus.captions):
         wave = tried(faults, corpus.load_wave, index, None, True)
         if wave is not None and is_silent(wave):
             remedy = "record it again or remove it"
             faults.append(InputError(caption.wav, "holds only silence", remedy))
     names = {caption.uttid for caption in corpus.captions}
-    names |= {picture.path for picture in corpus.pictures}
+    names |= {picture.path for picture in corpus.pictures if picture.path}
     told = corpus.skipped + [corpus.incomplete] * bool(corpus.incomplete)
     return told + [str(fault) for fault in faults], names
 
