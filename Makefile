@@ -19,7 +19,7 @@ test: dev ## everything: gates, notebooks, tests (about half an hour on two core
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-check: dev ## the quick part of `make test` (under ten minutes; aimed at 3)
+check: dev ## the quick part of `make test` (about eleven minutes beside other work; 3 are aimed at)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
