@@ -193,7 +193,7 @@ def splits(store):
 
 
 def load_corpus(
-    name_or_path,  # "scenes", "stamps", or a folder or .zip in one of the known layouts
+    name_or_path,  # "scenes", "stamps", "things", or a folder or .zip in a known layout
     split,  # train, val, ...
     on_error="raise",  # or "skip": leave out wrong entries, one line each in Corpus.skipped
     complete=None,  # official counts not met: True raises InputError, None warns, False is quiet
