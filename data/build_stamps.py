@@ -24,7 +24,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 import soundfile
 import sources
 import soxr
@@ -260,6 +259,8 @@ def open_stamp(root: Path, name: str) -> tuple[Image.Image, float]:
     stem = root / name
     drawing, bitmap = stem.with_suffix(".svg"), stem.with_suffix(".png")
     if drawing.exists() and not (bitmap.exists() and LIVE_TEXT.search(drawing.read_bytes())):
+        import resvg_py
+
         png = resvg_py.svg_to_bytes(
             svg_path=str(drawing), width=4 * CANVAS, dpi=96, skip_system_fonts=True
         )

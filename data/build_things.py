@@ -11,20 +11,19 @@ ImageNet). Speech needs the same Debian packages as `scenes`, and drawing the sa
 """
 
 import argparse
+import base64
 import collections
 import hashlib
 import io
 import itertools
 import json
 import multiprocessing
-import pickle
 import random
 import re
 from pathlib import Path
 
 import build_scenes as scenes
 import numpy as np
-import resvg_py
 import sources
 from build_stamps import encode_opus, resize, voiced_seconds
 from PIL import Image, ImageDraw, ImageFont
@@ -292,6 +291,8 @@ def drawing(source, style):
     "A drawing or an emoji as it comes: PIL image, RGBA."
     if style != CLIP_ART:
         return scenes.emoji(source, style)
+    import resvg_py
+
     png = resvg_py.svg_to_bytes(
         svg_path=str(clip_art() / source), width=448, dpi=96, skip_system_fonts=True
     )
@@ -605,12 +606,13 @@ def speak_part(task):
     "speak, for those clips of a part that no earlier build has left."
     paths = {caption["uttid"]: kept_path(caption) for _, caption in task}
     fresh = [one for one in task if not paths[one[1]["uttid"]].exists()]
-    for uttid, *told in speak(fresh) if fresh else ():
+    for uttid, data, seconds, wrong in speak(fresh) if fresh else ():
         paths[uttid].parent.mkdir(exist_ok=True)
         scratch = paths[uttid].with_suffix(".part")
-        scratch.write_bytes(pickle.dumps(told))
+        scratch.write_text(json.dumps([base64.b64encode(data).decode(), seconds, wrong]))
         scratch.rename(paths[uttid])
-    return [(uttid, *pickle.loads(path.read_bytes())) for uttid, path in paths.items()]
+    kept = {uttid: json.loads(path.read_text()) for uttid, path in paths.items()}
+    return [(uttid, base64.b64decode(data), *more) for uttid, (data, *more) in kept.items()]
 
 
 def speak_all(entries, pool):

@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'speechimg.corpora.load_probe': ('corpora.html#load_probe', 'speechimg/corpora.py'),
                                    'speechimg.corpora.meaning': ('corpora.html#meaning', 'speechimg/corpora.py'),
                                    'speechimg.corpora.picture_folder': ('corpora.html#picture_folder', 'speechimg/corpora.py'),
+                                   'speechimg.corpora.picture_or_classes': ('corpora.html#picture_or_classes', 'speechimg/corpora.py'),
                                    'speechimg.corpora.probe_of': ('corpora.html#probe_of', 'speechimg/corpora.py'),
                                    'speechimg.corpora.read_split': ('corpora.html#read_split', 'speechimg/corpora.py'),
                                    'speechimg.corpora.shortfall': ('corpora.html#shortfall', 'speechimg/corpora.py'),

@@ -536,3 +536,16 @@ def test_a_corpus_by_hand(tmp_path):
         corpus.load_picture(0).size == (4, 4)
         and repr(corpus) == "Corpus hand/all: 1 pictures, 0 captions"
     )
+
+
+@pytest.mark.parametrize("classes", [[], ["dog"], [1000], [-1], [True], "3"])
+def test_a_word_without_a_picture_names_classes_of_imagenet(classes, tmp_path):
+    entry = {"classes": classes, "concepts": ["dog"], "captions": []}
+    (tmp_path / "train.json").write_text(json.dumps({"data": [entry]}))
+    with pytest.raises(InputError, match="classes"):
+        load_corpus(tmp_path, "train")
+    (tmp_path / "train.json").write_text(json.dumps({"data": [entry | {"classes": [3]}]}))
+    corpus = load_corpus(tmp_path, "train")
+    assert corpus.pictures[0].classes == [3] and corpus.pictures[0].path == ""
+    with pytest.raises(InputError, match="in place of a file"):
+        corpus.load_picture(0)
