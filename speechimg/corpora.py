@@ -149,7 +149,8 @@ class Intake:
 # %% ../nbs/02_corpora.ipynb #w0rdcls1
 def picture_or_classes(entry, where):
     "(path of the picture, []), or, of a word that has none, ('', its classes). InputError."
-    if "image" in entry or "classes" not in entry:
+    has_picture = not isinstance(entry, dict) or "image" in entry or "classes" not in entry
+    if has_picture:
         return typed(entry, "image", str, where), []
     classes = typed(entry, "classes", list, where)
     if not classes or not all(type(one) is int and 0 <= one < 1000 for one in classes):

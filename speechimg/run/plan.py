@@ -167,7 +167,8 @@ def blip2_sizes(model):  # name on the hub
 
 def works_in_each_step(tower):
     "Is its frozen part needed in training? Not if its features are cached."
-    return bool(getattr(tower, "frozen", None)) and tower.front_end.feature_dim in (1, 3)
+    gets_raw_input = tower.front_end.feature_dim in (1, 3)  # samples of a wave, colours of pixels
+    return bool(getattr(tower, "frozen", None)) and gets_raw_input
 
 
 def empty_towers(config):  # Config
