@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from speechimg.corpora import load_corpus
-from speechimg.towers.lite import LiteImage, class_words, load_lite, word_vectors
+from speechimg.towers.lite import LiteImage, class_words, pooled, word_vectors
 from speechimg.towers.whisper import WhisperSpeech
 
 TAUGHT = ("en-us+m3", "en-gb+f2", "en-us+f5", "en-gb-scotland+m1")  # of espeak-ng
@@ -80,12 +80,12 @@ def main():
     usual, means = taught.mean((0, 1)), taught.mean(0)
     target = torch.arange(len(nouns)).repeat(len(ASKED))
     pictures = [stamps.load_picture(place) for place in range(len(shown))]
-    pooled = load_lite().pool(torch.tensor(np.stack(eyes.many(pictures))).float())
-    pooled = F.normalize(pooled - pooled.mean(0), dim=1)  # (n, 1280)
+    summary = pooled(torch.tensor(np.stack(eyes.many(pictures))).float())
+    summary = F.normalize(summary - summary.mean(0), dim=1)  # (n, 1280)
     vectors = torch.stack([F.normalize(word_vectors(word).mean(0), dim=0) for word in words])
     right = torch.tensor([[noun == one for one in shown] for noun in nouns])
     print(f"{len(words)} words, {len(nouns)} asked for, {len(shown)} pictures")
-    print("the written word -> picture", recall(vectors[: len(nouns)] @ pooled.T, right))
+    print("the written word -> picture", recall(vectors[: len(nouns)] @ summary.T, right))
     for name, space in (
         ("plain", torch.eye(384)),
         ("whitened", whitener((taught - means).flatten(0, 1))),
@@ -95,7 +95,7 @@ def main():
         itself = torch.eye(len(words), dtype=torch.bool)[target]
         wished = (SHARPNESS * likeness).softmax(1) @ vectors  # (q, 1280)
         print(f"{name}: speech -> word", recall(likeness, itself), end="; ")
-        print("speech -> picture", recall(wished @ pooled.T, right[target]))
+        print("speech -> picture", recall(wished @ summary.T, right[target]))
     print(f"{time.process_time() - start:.0f} s of one core")
 
 

@@ -25,15 +25,13 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 # %% ../nbs/research/cli.ipynb #f644c157
 @dataclass
 class Train:
-    """Train a model on the train split of a corpus, validate it, and leave model, log and curves in
-    a folder."""
+    "Train a model on a corpus and validate it; a folder gets the model, its log and curves."
 
     # folder of the run: checkpoints, log.csv, curves.png, the model and its metrics
     out: Path
-    # scenes, stamps, or a folder or .zip in the common layout
+    # scenes, things, a folder or .zip in a known layout, or several: scenes+things
     corpus: str = "scenes"
-    # JSON file with settings, or a name in data/configs: flickr8k-base; what it leaves out keeps
-    # its default
+    # JSON file with settings, or a name in data/configs: flickr8k-base
     config: str | None = None
     # go on from the newest complete checkpoint in --out
     resume: bool = False
@@ -55,9 +53,11 @@ class Train:
 
         config = settings(self.config, self.set, steps=self.steps, seed=self.seed)
         at_least(1, "--limit", self.limit, "leaves nothing to train on")
+        from speechimg.files.mixture import corpus_or_mixture
         from speechimg.train import train
 
-        given = self.corpus, self.out, self.resume, self.on_error, self.limit
+        corpus = corpus_or_mixture(self.corpus, self.on_error)
+        given = corpus, self.out, self.resume, self.on_error, self.limit
         folder = train(config, *given, start=self.start, progress=sys.stderr.isatty())
         run = read_json(folder / "metrics.json")
         print(f"trained {run['steps']} steps in {run['seconds']:.0f} s; the model is in {folder}")

@@ -130,8 +130,8 @@ class ModelSettings:
 
     towers: str = setting(
         "light",
-        "frozen and pretrained, from scratch, or those of the paper",
-        choices=("light", "small", "paper"),
+        "frozen and pretrained, the same with words, from scratch, or the paper's",
+        choices=("light", "knowing", "small", "paper"),
     )
     width: int = setting(128, "size of a token", low=1, high=2**16)
     dim: int = setting(128, "size of an embedding (ALBEF's: 256)", low=1, high=2**16)
@@ -140,6 +140,7 @@ class ModelSettings:
     fusion_depth: int = setting(2, "blocks that read a pair together (ALBEF's: 6)", low=0)
     heads: int = setting(4, "attention heads; divides width", low=1)
 
+    words: int = further(0, "knowing towers: words known beforehand", low=0, high=10**6)
     dropout: float = further(0.0, "share of activations dropped in training", low=0, high=0.9)
     max_seconds: float = further(20.0, "longer recordings are cut", low=0.1)
     speech_model: str = further("hubert_base", "paper towers: which HuBERT", choices=SPEECH_MODELS)
@@ -275,6 +276,9 @@ def refuse_contradictions(config):
         f"does not divide width {width}",
         "make width a multiple of heads",
     )
+    able = not config.words or (config.towers == "knowing" and config.dim > 256)
+    remedy = "set words to 0, or towers and dim"
+    demand(able, "words", "asks for knowing towers and a dim above 256", remedy)
     demand(
         config.temperature_min <= config.temperature <= config.temperature_max,
         "temperature",

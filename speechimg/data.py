@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .core import InputError, memory_limit
-from .files.ahead import compute_ahead
+from .files.ahead import compute_ahead, load_pictures
 from .files.cache import FeatureCache, sha256
 from .files.decode import decode_audio, decode_image
 
@@ -143,10 +143,7 @@ class Features:
         lines = self.skipped if on_error == "skip" else None
         reader = FileReader(corpus, cache, room, lines, progress)
 
-        paths = [picture.path for picture in corpus.pictures]
-        self.image, self.pictures = reader.load(
-            paths, image_front_end, "decode_image 1", decode_image
-        )
+        self.image, self.pictures = load_pictures(reader, image_front_end)
         self.speech, self.captions = load_speech(
             reader, speech_front_end, set(self.pictures), max_seconds
         )

@@ -24,6 +24,7 @@ from .run.hub import HubModel
 from .sim import MultimodalEncoder
 from .speech import SpeechTower
 from .towers.blip2 import paper_towers
+from .towers.knowing import KnowingImageTower, KnowingSpeechTower, with_known
 from .towers.light import LightImageTower, LightSpeechTower
 
 # %% ../nbs/research/model.ipynb #a8252176
@@ -34,6 +35,9 @@ def build_towers(
     "The (speech tower, image tower) that a config asks for."
     if config.towers == "light":
         return LightSpeechTower(config), LightImageTower(config)
+    if config.towers == "knowing":
+        given = {"weights": weights}
+        return KnowingSpeechTower(config, **given), KnowingImageTower(config, **given)
     if config.towers == "paper":
         return paper_towers(config, weights)
     return SpeechTower(config), ImageTower(config)
@@ -58,14 +62,17 @@ class DualEncoder(nn.Module):
     ):
         super().__init__()
         self.speech_tower, self.image_tower = speech_tower, image_tower
-        self.speech_projection = nn.Linear(speech_tower.width, dim)
-        self.image_projection = nn.Linear(image_tower.width, dim)
+        learnt = dim - getattr(speech_tower, "known_dim", 0)  # the rest is known without learning
+        self.speech_projection = nn.Linear(speech_tower.width, learnt)
+        self.image_projection = nn.Linear(image_tower.width, learnt)
 
     def encode_speech(self, features, lengths):  # (B, T, F) padded, (B,) frames -> Embedded
-        return project(self.speech_tower(features, lengths), self.speech_projection)
+        tower, projection = self.speech_tower, self.speech_projection
+        return with_known(tower, project(tower(features, lengths), projection), features, lengths)
 
     def encode_image(self, features):  # (B, ...) -> Embedded
-        return project(self.image_tower(features, None), self.image_projection)
+        tower, projection = self.image_tower, self.image_projection
+        return with_known(tower, project(tower(features, None), projection), features, None)
 
 
 def project(encoded, projection):  # Encoded, linear layer w -> d

@@ -133,7 +133,7 @@ def test_a_config_survives_its_file(tmp_path):
         ({"steps": None}, ["steps", "None"]),
         ({"augment": 1}, ["augment", "true or false"]),
         ({"towers": ["light"]}, ["towers", "text"]),
-        ({"towers": "larger"}, ["towers", "larger", "light, small"]),
+        ({"towers": "larger"}, ["towers", "larger", "light, knowing, small"]),
         ({"steps": 0}, ["steps", "at least 1"]),
         ({"alpha": 1.01}, ["alpha", "at most 1"]),
         ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),

@@ -22,6 +22,7 @@ from speechimg.towers.lite import (
     class_words,
     kinds,
     load_lite,
+    pooled,
     word_vectors,
 )
 from speechimg.towers.whisper import (
@@ -277,7 +278,7 @@ def test_eyes_are_those_of_the_package(root):
     with torch.inference_mode():
         theirs = network((pixels - 127) / 128)
         eyes = load_lite()
-        ours = eyes.classes(eyes.pool(eyes(pixels)))
+        ours = eyes.classes(pooled(eyes(pixels)))
     off = (ours - theirs).std() / theirs.std()
     assert ours.shape == (2, 1000) and off < 0.02, f"off by {off:.3f} of the spread"
 
@@ -343,8 +344,8 @@ def test_the_order_of_names_is_that_of_the_vectors():
         i for i, one in enumerate(corpus.pictures) if one.concepts[:1] and one.concepts[0] in names
     ]
     grids = eyes.many([corpus.load_picture(i) for i in known[:24]])
-    pooled = load_lite().pool(torch.tensor(np.stack(grids)).float())
-    best = load_lite().classes(pooled).topk(5).indices.tolist()
+    summary = pooled(torch.tensor(np.stack(grids)).float())
+    best = load_lite().classes(summary).topk(5).indices.tolist()
     right = [names[corpus.pictures[i].concepts[0]] in five for i, five in zip(known, best)]
     assert np.mean(right) > 0.3, f"{np.mean(right):.2f} of {len(right)}, by chance 0.005"
 

@@ -37,7 +37,7 @@ class Box(NamedTuple):
 
 BOXES = {
     "page": Box(8, 8, 120, 58, "page", ("all of it,", "on one page")),
-    "data": Box(160, 225, 128, 66, "data", ("mask and batch",), "decode cache ahead"),
+    "data": Box(160, 225, 128, 66, "data", ("mask and batch",), "decode cache ahead mixture"),
     "corpora": Box(
         160, 125, 128, 66, "data", ("many recordings,", "one image id"), "store layouts"
     ),
@@ -51,12 +51,12 @@ BOXES = {
     "distillation": Box(760, 60, 170, 66, "coarse", ("believe the teacher", "a little")),
     "mining": Box(515, 275, 160, 66, "fine", ("wrong pairs that", "nearly fool it")),
     "sim": Box(760, 165, 170, 76, "fine", ("fine: read both,", "answer yes or no")),
-    "alignment": Box(8, 355, 128, 56, "use", ("one whole step",), "model distributed"),
+    "alignment": Box(8, 355, 128, 56, "use", ("one whole step",), "model knowing distributed"),
     "retrieval": Box(
         146, 355, 128, 56, "use", ("rank and measure",), "mteb explore attention_view"
     ),
     "train": Box(284, 355, 128, 56, "use", ("the loop",), "core checkpoints plan hub gpu soak cli"),
-    "results": Box(422, 355, 128, 56, "use", ("what it is worth",)),
+    "results": Box(422, 355, 128, 56, "use", ("what it is worth",), "words"),
     "studio": Box(560, 355, 128, 56, "use", ("speak to it",), "answers"),
     "research": Box(698, 355, 124, 56, "shelf", ("files, GPUs, hub",)),
     "teach": Box(832, 355, 120, 56, "shelf", ("hand out, grade",)),
