@@ -24,11 +24,11 @@ import build_things as things
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from speechimg.core import cache_dir
+from speechimg.core import atomic_write, cache_dir
 from speechimg.corpora import load_corpus
 from speechimg.data import FileReader, augment_speech
 from speechimg.files.cache import FeatureCache
@@ -304,7 +304,8 @@ def main():
     eyes, imagined = look_at(names)
     words = Words(names, listen.state_dict(), *ears, *eyes)
     save_words(words, HERE / "towers")
-    save_file({"patches": imagined.half()}, HERE / "towers" / "class-patches.safetensors")
+    with atomic_write(HERE / "towers" / "class-patches.safetensors") as file:
+        file.write(save({"patches": imagined.half()}))
 
     facts = vars(options) | {"seed": SEED, "words": len(names), "recordings": len(spoken)}
     facts |= measure(words) | {"seconds": round(time.perf_counter() - start)}

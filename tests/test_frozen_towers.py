@@ -63,7 +63,7 @@ def test_files_are_those_of_the_build(name):
 
 def test_what_a_user_must_have_is_small():
     sizes = [path.stat().st_size for path in (data_dir() / "towers").iterdir()]
-    assert sum(sizes) < 27e6
+    assert sum(sizes) < 29.5e6  # beside a model of 5 MB at most 35: ears 15, eyes 9, words 4
 
 
 def test_weights_are_half_precision_and_all_are_used():
