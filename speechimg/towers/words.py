@@ -202,7 +202,7 @@ class SeenThings(nn.Module):
         return F.normalize(away @ self.basis.float(), dim=1)
 
 # %% ../../nbs/research/words.ipynb #e531748d
-NEAR = 0.35  # below this likeness to every word nothing was heard that is known
+NEAR = 0.25  # below this likeness to every word nothing was heard that is known
 
 
 def heard(
