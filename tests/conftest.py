@@ -34,6 +34,16 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+# With two processes that each take a file after the other, the last should be short ones.
+LONGEST = ("course", "soak", "website", "browser", "wheel", "large", "train", "distributed")
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest first; the order within a file stays."
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else 99)
+
+
 @pytest.fixture(autouse=True)
 def same_draws():
     "A test that forgets to pass a generator still draws the same numbers in every run."

@@ -187,6 +187,7 @@ def test(chosen: list[Path], workers: int) -> int:
     chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
     import nbdev.test  # noqa: F401  # what nearly all notebooks import, once for all
     import seaborn  # noqa: F401
+    import torch._dynamo  # noqa: F401  # any optimiser wants it
     import torchaudio  # noqa: F401
 
     failed = []
