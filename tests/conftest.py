@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 
 # With two processes that each take a file after the other, the last should be short ones.
-LONGEST = ("course", "soak", "website", "browser", "wheel", "large", "train", "distributed")
+LONGEST = "course soak website browser train large distributed wheel learning".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -57,6 +57,7 @@ def start(arguments, cache, bufsize=0, **options):
 
 
 soak.start = start
+speechimg.train.draw_curves = lambda log, path: path.touch()
 print(json.dumps(soak.soak(list(soak.EXPERIMENTS), quick=True)))
 """
 
