@@ -226,6 +226,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(workshop):
         assert not list((folder / str(number)).rglob("*.tmp")), f"leftovers of: {moment}"
 
 
+@pytest.mark.slow
 def test_killed_from_outside(workshop):
     "A kill that the process cannot foresee, as soon as its log has a few lines."
     out = workshop.folder / "outside"
