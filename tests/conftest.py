@@ -38,10 +38,18 @@ def pytest_configure(config):
 LONGEST = "course soak website browser train large distributed wheel learning".split()
 
 
+# What a test waits for when it asks for these: a class that is graded, a wall that is built.
+TAKES_LONG = {"classroom", "boxes"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "The files that take longest first; the order within a file stays."
+    "The files that take longest first, in which the order stays; slow is what waits long."
     names = [f"test_{name}" for name in LONGEST]
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else 99)
+    for item in items:
+        if TAKES_LONG & set(item.fixturenames):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
