@@ -21,7 +21,7 @@ test: dev ## everything: gates, notebooks, tests (about half an hour on two core
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
 	@$(PYTEST)
 
-check: dev ## the quick part of `make test` (about three minutes on two free cores: 240 processor seconds)
+check: dev ## the quick part of `make test` (about three minutes on two free cores: 250 processor seconds)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining
 	@$(PYTEST) -m "not slow"
