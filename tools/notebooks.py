@@ -183,9 +183,9 @@ def timed(path: Path, folder: Path) -> tuple[float, str]:
 def test(chosen: list[Path], workers: int) -> int:
     "nbdev_test on each notebook, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
-    guess = dict.fromkeys(LONGEST, KILLED_AFTER)
-    known = json.loads(record.read_text()) if record.exists() else guess
-    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
+    known = json.loads(record.read_text()) if record.exists() else {}
+    guess = known or dict.fromkeys(LONGEST, KILLED_AFTER)
+    chosen = sorted(chosen, key=lambda path: -guess.get(name_of(path), SECONDS))
     for name in ("nbdev.test", "seaborn", "torch._dynamo", "torchaudio"):  # once for all
         importlib.import_module(name)
 
