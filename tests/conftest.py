@@ -34,6 +34,24 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+# With two processes that each take a file after the other, the last should be short ones.
+LONGEST = "course soak website browser train large distributed wheel learning".split()
+
+
+# What a test waits for when it asks for these: a class that is graded, a wall that is built.
+TAKES_LONG = {"classroom", "boxes"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "The files that take longest first, in which the order stays; slow is what waits long."
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else 99)
+    for item in items:
+        if TAKES_LONG & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def same_draws():
     "A test that forgets to pass a generator still draws the same numbers in every run."

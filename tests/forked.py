@@ -7,6 +7,7 @@ Call it in a process of its own, which so far runs on one thread: a fork copies 
 import os
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 
@@ -54,3 +55,45 @@ def ranks(count, work):
             for other in running:  # as torchrun does
                 os.kill(other, signal.SIGTERM)
     return failed
+
+
+class Child:
+    "work() in a fork with an environment, files and a group of its own, held like a Popen."
+
+    def __init__(self, work, environment, stdin=None, stdout=None, stderr=None):
+        theirs, self.stdin, self.stdout, self.returncode = [], None, None, None
+        ours = []
+        for fd, given in enumerate((stdin, stdout, stderr)):
+            if given == subprocess.PIPE:
+                ends = os.pipe()  # (to read from, to write to)
+                mine, given = ends[fd == 0], ends[fd != 0]
+                setattr(self, ("stdin", "stdout")[fd], open(mine, ("wb", "rb")[fd], buffering=0))
+                ours.append(mine)
+            elif given == subprocess.DEVNULL:
+                given = os.open(os.devnull, os.O_RDWR)
+            theirs.append(given if isinstance(given, int) else given.fileno())
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            os.setpgid(0, 0)
+            for fd in ours:
+                os.close(fd)
+            for fd, their in enumerate(theirs):
+                os.dup2(their, fd)
+            sys.stdin, sys.stdout, sys.stderr = map(open, (0, 1, 2), "rww")
+            os.environ.clear()
+            os.environ.update(environment)
+            end_with(work)
+        os.setpgid(self.pid, self.pid)  # whichever of both comes first
+        for given, their in zip((stdin, stdout, stderr), theirs):
+            if given in (subprocess.PIPE, subprocess.DEVNULL):
+                os.close(their)
+
+    def poll(self, options=os.WNOHANG):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout=None):
+        return self.poll(0)

@@ -2,7 +2,6 @@
 
 import logging
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -305,16 +304,6 @@ def test_quiet_is_only_for_a_while(capfd, corpus):
 def test_a_wrong_direction_is_named(corpus):
     with pytest.raises(InputError, match="t2i"):
         corpus_task(corpus, "t2i")
-
-
-@pytest.mark.slow
-def test_mteb_is_imported_only_when_asked_for():
-    code = """
-import sys, speechimg.run.mteb
-heavy = {"mteb", "datasets", "transformers", "pandas"}
-sys.exit(bool(heavy & {name.split(".")[0] for name in sys.modules}))
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_without_mteb_a_line_says_what_to_install(monkeypatch):

@@ -77,6 +77,7 @@ def lab(tmp_path_factory):
         "SPEECHIMG_DATA": ROOT / "data",
         "OMP_NUM_THREADS": 1,
         "MPLBACKEND": "",
+        "IN_TEST": 1,  # with fewer recordings, where a notebook knows how
     }
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {
         name: str(value) for name, value in own.items() if value != ""

@@ -929,32 +929,36 @@ def test_of_several_processes_one_speaks(rank, command, place, monkeypatch):
     )  # RANK alone, as some clusters set it, means nothing
 
 
-@pytest.mark.slow  # two processes that import torch
-def test_under_torchrun_a_common_mistake_is_told_once_and_a_lonely_one_too(place, tmp_path):
-    (tmp_path / "both.py").write_text(
-        "import os, sys\nfrom speechimg.cli import main\n"
-        "wrong = sys.argv[1] in ('all', os.environ['RANK'])\n"
-        "sys.exit(main(['check', 'nowhere' if wrong else sys.argv[2]]))"
+# as torchrun starts them, but forked from a process that has imported torch
+FORKED_CHECKS = """
+import os, sys
+import speechimg.corpora
+from forked import ranks
+from speechimg.cli import main
+
+for who in ("all", "1"):
+    def check():
+        wrong = who in ("all", os.environ["RANK"])
+        sys.exit(main(["check", "nowhere" if wrong else sys.argv[1]]))
+
+    print("failed with", ranks(2, check), file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_of_several_processes_a_common_mistake_is_told_once_and_a_lonely_one_too(place):
+    folders = os.path.dirname(__file__), os.path.dirname(os.path.dirname(cli.__file__))
+    run = subprocess.run(
+        [sys.executable, "-c", FORKED_CHECKS, str(place / "mini")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    for who, told in (("all", "rank 0"), ("1", "rank 1")):
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-                str(tmp_path / "both.py"),
-                who,
-                str(place / "mini"),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        lines = [line for line in run.stderr.splitlines() if line.startswith("speechimg: ")]
-        assert run.returncode != 0 and len(lines) == 1 and told in lines[0], run.stderr
+    told = [line for line in run.stderr.splitlines() if line.startswith(("speechimg: ", "failed"))]
+    assert run.returncode == 0 and len(told) == 4, run.stderr
+    assert "rank 0" in told[0] and "rank 1" in told[2], run.stderr
+    assert told[1::2] == ["failed with 2"] * 2
 
 
 def test_setting_values():
@@ -1016,6 +1020,7 @@ def test_help_needs_no_torch_and_little_time(place):
     )
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_bad_input_from_outside(place, tmp_path):
     run = process(
         place, "search", "none.wav", "--save", "page.html", cwd=tmp_path, stdout=subprocess.PIPE
@@ -1030,6 +1035,7 @@ def test_bad_input_from_outside(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_a_reader_that_goes_away_is_no_error(place, tmp_path):
     files = make_files(6, 2)
     corpus = write_files(
@@ -1042,6 +1048,7 @@ def test_a_reader_that_goes_away_is_no_error(place, tmp_path):
     run.stderr.close()
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_ctrl_c_ends_in_one_line(place, tmp_path):
     run = process(
         place,

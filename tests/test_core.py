@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from forked import Child
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import loop_attention
@@ -56,27 +58,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, mode):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
 
 
-KILLED = """
-import sys, time
-sys.path.insert(0, {root!r})
-from speechimg.core import atomic_write
-with atomic_write({path!r}) as file:
-    file.write(b"half")
-    file.flush()
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_bytes(b"old")
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED.format(root=ROOT, path=str(path))], stdout=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def write():
+        with atomic_write(path) as file:
+            file.write(b"half")
+            file.flush()
+            print("writing", flush=True)
+            time.sleep(60)
+
+    process = Child(write, os.environ, subprocess.DEVNULL, subprocess.PIPE, subprocess.DEVNULL)
+    assert process.stdout.read(8) == b"writing\n" and len(os.listdir(tmp_path)) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
     assert path.read_bytes() == b"old"
     with atomic_write(path) as file:
         file.write(b"new")
@@ -228,6 +225,7 @@ def test_precision_of_a_gpu_does_not_count_imitation(monkeypatch, native):
     assert core.resolved_precision("auto", "cuda") == expected
 
 
+@pytest.mark.slow
 def test_pytorch_held_back_means_float32():
     "Read by PyTorch once, at its start: so in a process of its own."
     code = "import torch\nfrom speechimg import core\n"
@@ -267,32 +265,54 @@ def test_the_clone_has_its_data_without_being_told(monkeypatch, tmp_path):
     assert str(core.data_dir()) == os.path.join(ROOT, "data")
 
 
-HEAVY = (
-    "seaborn",
-    "matplotlib",
-    "pandas",
-    "soundfile",
-    "soxr",
-    "PIL",
-    "torchaudio",
-    "onnxruntime",
-    "tqdm",
-    "IPython",
-    "fastcore",
-)
+# Start-up: what is imported, each row in a fork of a process that has imported PyTorch and no more
+
+IMPORTS = """
+import json, os, sys
+import einops, numpy, torch
+before = set(sys.modules)
+for names in sys.argv[1:]:
+    if not os.fork():
+        exec(f"import {names}")
+        print(json.dumps([names, sorted(set(sys.modules) - before)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+PLOTS = {"matplotlib", "seaborn"}
+EVERY = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(Path(ROOT, "speechimg").rglob("*.py"))
+    if not path.stem.startswith("_")
+]
+FILES = {"pandas", "soundfile", "soxr", "PIL", "torchaudio", "onnxruntime", "tqdm"}
+TOWERS = {"onnxruntime", "efficientnet_lite_pytorch", "torchaudio", "livekit", "livekit.wakeword"}
+OTHERS = {"transformers", "mteb", "datasets", "scipy", "IPython", "ipywidgets", "tensorboard"}
+LIGHT = {  # modules: what they must not bring along
+    **{f"speechimg.{one}": PLOTS | FILES | {"IPython", "fastcore"} for one in ("core", "data")},
+    "speechimg.corpora": PLOTS | FILES | {"IPython", "fastcore"},
+    "speechimg.speech, speechimg.image, speechimg.towers.light": PLOTS | TOWERS,
+    "speechimg.look.explore, speechimg.look.attention_view, speechimg.look.studio": {
+        *("ipywidgets", "anywidget", "matplotlib.pyplot", "seaborn")
+    },
+    "speechimg.run.mteb": {"mteb", "datasets", "transformers", "pandas"},
+    ", ".join(EVERY): PLOTS | TOWERS | OTHERS | {"pandas", "soxr"},
+}
 
 
-@pytest.mark.parametrize("name", ["core", "data", "corpora"])
-def test_importing_is_light(name):
-    code = f"import sys; sys.path.insert(0, {ROOT!r})\nimport numpy, torch, einops\n"
-    code += f"before = set(sys.modules)\nimport speechimg.{name}\n"
-    code += f"print(sorted(set({HEAVY!r}) & (set(sys.modules) - before)))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
-    )
+@pytest.fixture(scope="module")
+def imported():
+    "What importing brings along: {modules: names}."
+    command = [sys.executable, "-c", IMPORTS, *LIGHT, "pandas"]
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return {names: set(brought) for names, brought in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", LIGHT, ids=range(len(LIGHT)))
+def test_importing_is_light(names, imported):
+    assert set(names.split(", ")) <= imported[names] and not imported[names] & LIGHT[names]
+    assert "pandas" in imported["pandas"]
 
 
 # Attention

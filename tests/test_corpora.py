@@ -264,7 +264,7 @@ def read_all(corpus):
     return [hash(corpus.read(caption.wav)) for _ in range(5) for caption in corpus.captions]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_processes_read_one_archive(tmp_path, method):
     corpus = load_corpus(make_corpus(tmp_path / "mini", 8, zip=True), "train")
     contents = [corpus.read(caption.wav) for caption in corpus.captions]

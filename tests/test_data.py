@@ -1030,6 +1030,7 @@ def test_one_ahead_fetches_while_the_last_one_is_used():
     assert fetched == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_early_ends():
     "An interrupted training must not hang at its end, waiting for a batch that nobody wants."
     code = (

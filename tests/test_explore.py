@@ -6,8 +6,6 @@ The numbers in them are those of the library.
 import base64
 import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -118,18 +116,6 @@ def studio(opened):
 
 
 # explore: plain functions
-
-
-def test_importing_needs_no_widgets(root):
-    code = (
-        "import sys, speechimg.look.explore, speechimg.look.attention_view, speechimg.look.studio\n"
-        "heavy = 'ipywidgets', 'anywidget', 'matplotlib.pyplot', 'seaborn'\n"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("seconds", [0, 1 / RATE, 0.01, 1.3, 60])

@@ -1,12 +1,17 @@
 "Each gate passes on a small sound project, and finds the one defect planted in a copy of it."
 
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import nbdev.config
 import pytest
+from forked import Child
 
 ROOT = Path(__file__).resolve().parent.parent
 import gates
@@ -119,6 +124,30 @@ def sound(tmp_path_factory):
     readme.write(folder)
     house_map.write(folder)
     return folder
+
+
+def forked_nbdev(root, module, name):
+    "As notebooks.nbdev, in a fork of this process, where nbdev has been imported."
+
+    def work():
+        os.chdir(root)
+        nbdev.config.get_config.cache_clear()
+        getattr(importlib.import_module(f"nbdev.{module}"), name).__wrapped__()
+
+    with tempfile.TemporaryFile("w+") as said:
+        code = Child(work, os.environ, subprocess.DEVNULL, said, said).wait()
+        said.seek(0)
+        return subprocess.CompletedProcess([], code, stderr=said.read())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nbdev_is_imported_once(sound):
+    "The sound project is exported as people do it, the copies that are spoilt by forks."
+    for name in ("clean", "doclinks"):
+        importlib.import_module(f"nbdev.{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(notebooks, "nbdev", forked_nbdev)
+        yield
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ CAPTIONS = 600
 AT_LEAST = 3  # times chance, recall at 10 of both directions; three seeds gave 3.5 and more
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (data_dir() / "scenes.zip").exists(), reason="needs data/scenes.zip")
 def test_quick_training_beats_chance(tmp_path):
     out = train(QUICK, "scenes", tmp_path, limit=CAPTIONS, progress=False)

@@ -117,7 +117,14 @@ def test_memory_from_before_is_not_counted():
 # foreseen and measured
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def slowly(*names):
+    "Large towers, which take seconds each: left out by `make check`."
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", ["small", "light", *slowly(*sorted({*CONFIGS} - {"small", "light"}))]
+)
 def test_the_plan_is_what_a_run_takes(name):
     planned, taken = plan(Config(**CONFIGS[name])), measured(name)
     assert foreseen(planned) == pytest.approx(taken["bytes"], rel=0.1)
@@ -125,7 +132,7 @@ def test_the_plan_is_what_a_run_takes(name):
     assert taken["seconds"] > 0
 
 
-@pytest.mark.parametrize("name", ["small", "learning"])
+@pytest.mark.parametrize("name", ["small", *slowly("learning")])
 def test_augmentation_stretches_the_longest_recordings(name):
     "Memory is for the longest batch as training sees it; without the stretch it is too small."
     config, saved = Config(**CONFIGS[name]), measured(name)["saved"]
@@ -145,6 +152,7 @@ def test_stretch_is_what_augmentation_does():
     assert 1.099 < new.max() / 1000 <= room.STRETCH
 
 
+@pytest.mark.slow
 def test_seconds_of_a_step_are_foreseen_from_those_of_another():
     "Operations per second measured once: within a factor of three for a model of another size."
     known = Config(**CONFIGS["small"] | dict(augment=False))
@@ -200,7 +208,7 @@ def test_a_count_that_leaves_something_out_is_noticed(leave_out, deep, monkeypat
         assert total == pytest.approx(taken, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["learning", "tokens"])
+@pytest.mark.parametrize("name", ["tokens", *slowly("learning")])
 def test_without_numbers_it_counts_the_same(name, monkeypatch):
     "Nor does it matter what the model was used for before."
     config = Config(**CONFIGS[name])

@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -230,28 +228,6 @@ def test_onnx_threads_do_not_spin(monkeypatch):
 def test_missing_parent_package():
     with pytest.raises(InputError, match="pip install no-such$"):
         pretrained.package_folder("no_such_parent.child", "no-such")
-
-
-def test_import_is_light():
-    heavy = (
-        "onnxruntime",
-        "efficientnet_lite_pytorch",
-        "torchaudio",
-        "livekit.wakeword",
-        "matplotlib",
-        "seaborn",
-    )
-    code = (
-        "import sys, speechimg.speech, speechimg.image, speechimg.towers.light\n"
-        f"print([m for m in {heavy!r} if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-    )
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 "The runs behind nbs/14_results.ipynb: a plan without holes, noise, lines that fit the plan."
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,17 +198,12 @@ def test_the_committed_lines_are_those_of_the_plan():
         )
 
 
-def test_the_list_says_what_is_done(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "results.py", "--list"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(PLAN)
-    assert sum(line.startswith("done") for line in done.stdout.splitlines()) == len(
-        results.finished()
-    )
+def test_the_list_says_what_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--list"])
+    assert results.main() == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == len(PLAN)
+    assert sum(line.startswith("done") for line in told) == len(results.finished())
 
 
 def test_scores_are_computed_once_for_both_ways_of_ranking(monkeypatch):

@@ -35,6 +35,7 @@ from speechimg.files.cache import sha256
 from speechimg.model import SpeechImageModel
 from speechimg.run.checkpoints import COLUMNS, checkpoints
 from speechimg.sim import MultimodalEncoder
+from speechimg.speech import peak
 from speechimg.train import (
     batches,
     latest_checkpoint,
@@ -201,12 +202,29 @@ def drive(corpus, folder):
 
         print(number, in_child(killed), sorted(path.name for path in out.iterdir()), flush=True)
         in_child(lambda: run(corpus, out, resume=True))
+    killed_from_outside(corpus, Path(folder) / "outside")
+
+
+def killed_from_outside(corpus, out):
+    "A kill that the process cannot foresee, as soon as its log has a few lines; then resume."
+    child, log = os.fork(), out / "log.csv"
+    if not child:
+        run(corpus, out)
+        os._exit(0)
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    in_child(lambda: run(corpus, out, resume=True))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_anywhere_and_resumed_gives_the_same_bits(workshop):
-    "SIGKILL at nine moments: all that is left equals what the undisturbed run left."
+    """SIGKILL at nine moments, and once from outside: all that is left equals what the undisturbed
+    run left.
+    """
     folder = workshop.folder / "killed"
     done = subprocess.run(
         elsewhere("drive", workshop.corpus, folder),
@@ -221,24 +239,10 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(workshop):
         done.stdout
     )
     expected = result(workshop.whole)
+    assert result(folder / "outside") == expected
     for number, moment in enumerate(MOMENTS):
         assert result(folder / str(number)) == expected, moment
         assert not list((folder / str(number)).rglob("*.tmp")), f"leftovers of: {moment}"
-
-
-def test_killed_from_outside(workshop):
-    "A kill that the process cannot foresee, as soon as its log has a few lines."
-    out = workshop.folder / "outside"
-    process = subprocess.Popen(
-        elsewhere("run", workshop.corpus, out), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    log = out / "log.csv"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    run(workshop.corpus, out, resume=True)
-    assert result(out) == result(workshop.whole)
 
 
 # ---- resume, and each thing that it could forget
@@ -912,6 +916,32 @@ def test_machine_code_judges_as_the_fusion_does():
             results.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Loudest(nn.Module):
+    "A peak between two layers: all that the fault below needs, and quicker than a tower."
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        return self.after(peak(self.norm(self.before(tokens)), None))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+def test_compiled_in_half_precision_gradients_stay_finite():
+    "With amax for the peak, no token was as large as the peak, whose gradient became 0 / 0."
+    torch.manual_seed(0)
+    loudest = Loudest()
+    loudest.compile(dynamic=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loudest(torch.randn(8, 36, 16))
+    found.float().square().mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in loudest.parameters())
 
 
 # ---- Beginning with a trained model, and a corpus made by a function

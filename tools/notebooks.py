@@ -9,6 +9,7 @@ Named without folder or ending; no name means all of them.
 
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # what a notebook may take on two cores
+LONGEST = ("13_train", "00_page", "12_retrieval", "research/mteb")
 KILLED_AFTER = 900  # a notebook that hangs
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.+?)\s*$")
 TOLD = {"capture_output": True, "text": True}
@@ -33,9 +35,8 @@ NBDEV = "from nbdev.{module} import {name}; {name}.__wrapped__({arguments})"
 
 def paths(root: Path) -> list[Path]:
     """The notebooks of a tree, in reading order: the shelf of learners, then the others."""
-    found = [
-        path for path in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
-    ]
+    books = (root / "nbs").rglob("*.ipynb")
+    found = [path for path in books if ".ipynb_checkpoints" not in path.parts]
     return sorted(found, key=lambda path: (len(path.parts), not path.name[:1].isdigit(), path))
 
 
@@ -51,8 +52,7 @@ def read(path: Path) -> dict:
 
 def source(cell: dict) -> str:
     "The text of a cell, whichever of its two forms the file holds."
-    text = cell["source"]
-    return text if isinstance(text, str) else "".join(text)
+    return "".join(cell["source"])
 
 
 def directives(cell: dict) -> dict[str, str]:
@@ -184,10 +184,10 @@ def test(chosen: list[Path], workers: int) -> int:
     "nbdev_test on each notebook, the longest of last time first; returns how many failed."
     record = ROOT / ".cache" / "notebook_seconds.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-    chosen = sorted(chosen, key=lambda path: -known.get(name_of(path), SECONDS))
-    import nbdev.test  # noqa: F401  # what nearly all notebooks import, once for all
-    import seaborn  # noqa: F401
-    import torchaudio  # noqa: F401
+    guess = known or dict.fromkeys(LONGEST, KILLED_AFTER)
+    chosen = sorted(chosen, key=lambda path: -guess.get(name_of(path), SECONDS))
+    for name in ("nbdev.test", "seaborn", "torch._dynamo", "torchaudio"):  # once for all
+        importlib.import_module(name)
 
     failed = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
