@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'FLICKR8K_PICTURES', 'COCO', 'KARPATHY', 'OFFICIAL', 'PLACES
            'karpathy_texts', 'token_texts', 'flickr8k', 'read_flickr8k', 'flickr8k_lines', 'spokencoco',
            'read_spokencoco', 'karpathy_names', 'coco_entries', 'below', 'place_coco', 'places', 'read_places',
            'usable_rows', 'place_places', 'row_caption', 'speech_coco', 'read_speech_coco', 'one_caption', 'own',
-           'read_own', 'recognise']
+           'own_lists', 'is_list', 'doubtful', 'entered', 'read_own', 'recognise']
 
 # %% ../../nbs/research/layouts.ipynb #93a1d22c
 import re
@@ -395,9 +395,46 @@ def one_caption(content, name, where, part):
 # %% ../../nbs/research/layouts.ipynb #afc4d415
 def own(store):
     "Our own Layout: a manifest for each split at the top, which may be none."
-    names = [name for name in store.names(deep=False) if name.endswith(".json")]
-    splits = [name[:-5] for name in names if name != "swap.json"]
+    splits = [name[:-5] for name in own_lists(store) if is_list(store, name)]
     return Layout("own", splits, partial(read_own, store), large=False)
+
+
+def own_lists(store):
+    names = store.names(deep=False)
+    kept = "swap.json", "parts.json"
+    return [name for name in names if name.endswith(".json") and name not in kept]
+
+
+def is_list(store, name):
+    "Whether a JSON file tells of pictures; one that lies beside them may be anybody's."
+    content = tried([], parsed, store, name)
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, list):
+        return False
+    told = [one for one in data[:100] if isinstance(one, dict)]
+    return not data or any({"image", "captions", "classes"} & one.keys() for one in told)
+
+
+def doubtful(store, splits):
+    "An InputError for each file that should be the list of a split and is not."
+    faults = []
+    for name in own_lists(store):
+        if name[:-5] in ("train", "val", "test", "dev", "all") and name[:-5] not in splits:
+            tried(faults, manifest, store, name)
+        elif name[:-5] not in splits:
+            content = tried(faults, parsed, store, name)
+            if isinstance(content, dict) and "data" in content and splits:
+                tried(faults, manifest, store, name)
+    return faults
+
+
+def entered(store):
+    "The Store, or that of the one folder inside in which the corpus lies."
+    for _ in range(3):
+        if (inner := store.below()) is None or recognise(store).splits:
+            break
+        store = inner
+    return store
 
 
 def read_own(store, split):
