@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from ..core import InputError
-from .store import manifest, parsed, safe, typed
+from .store import manifest, parsed, safe, tells, typed
 
 # %% ../../nbs/research/layouts.ipynb #7c48428b
 @dataclass
@@ -406,13 +406,7 @@ def own_lists(store):
 
 
 def is_list(store, name):
-    "Whether a JSON file tells of pictures; one that lies beside them may be anybody's."
-    content = tried([], parsed, store, name)
-    data = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(data, list):
-        return False
-    told = [one for one in data[:100] if isinstance(one, dict)]
-    return not data or any({"image", "captions", "classes"} & one.keys() for one in told)
+    return tells(tried([], parsed, store, name))
 
 
 def doubtful(store, splits):

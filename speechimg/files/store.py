@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MACHINE', 'BROKEN', 'PICTURES', 'OTHERS', 'safe', 'spellings', 'Folder', 'look_into', 'hidden',
-           'open_archive', 'spelled', 'unpacked', 'lzma_decoder', 'Parts', 'Archive', 'Store', 'gallery', 'counted',
-           'typed', 'parsed', 'manifest']
+           'open_archive', 'spelled', 'unpacked', 'tells', 'lzma_decoder', 'Parts', 'Archive', 'Store', 'gallery',
+           'counted', 'typed', 'parsed', 'manifest']
 
 # %% ../../nbs/research/store.ipynb #1f6f4a03
 import bz2
 import errno
+import glob
 import json
 import lzma
 import os
@@ -199,6 +200,15 @@ def unpacked(archive, entry):
     return data
 
 
+def tells(content):
+    "Whether what a JSON file holds is a list of pictures; one that lies beside them may be any."
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, list):
+        return False
+    told = [one for one in data[:100] if isinstance(one, dict)]
+    return not data or any({"image", "captions", "classes"} & one.keys() for one in told)
+
+
 def lzma_decoder(facts, most):  # the five bytes before the data; bytes that may come out
     "A decoder whose memory is not that which the file asks for."
     rest, lc = divmod(facts[0], 9)
@@ -209,13 +219,13 @@ def lzma_decoder(facts, most):  # the five bytes before the data; bytes that may
 
 # %% ../../nbs/research/store.ipynb #d751355a
 class Parts:
-    "A zip archive that is never unpacked, with the parts that its parts.json names."
+    "A zip archive that is never unpacked, and the parts of a corpus beside it."
 
     def __init__(self, root, parts=(), inside=""):
-        self.root, self.parts, self.inside = root, [*parts, root], inside  # the last one wins
+        self.root, self.parts, self.inside = root, [root], inside
         self.process, self.files, self.folders = None, {}, {}
-        self.parts = [*self.named(), *self.parts]
-        self.process = None
+        self.parts = [*(parts or self.named()), root]  # the last one wins
+        self.process = None  # open all of them
         for name in self.open():
             safe(name, root)
 
@@ -225,8 +235,9 @@ class Parts:
     def named(self):
         "Paths of the archives in parts.json. Raises InputError."
         archive, entry = self.open().get("parts.json", (None, None))
-        if entry is None:
-            return []
+        if entry is None:  # a corpus may just have them beside it; a gallery has not
+            beside = self.root.parent.glob(f"{glob.escape(self.root.stem)}-*.zip")
+            return sorted(filter(Path.is_file, beside)) if self.tells() else []
         try:
             names = json.loads(unpacked(archive, entry))
             right = all(Path(name).name == name and name != self.root.name for name in names)
@@ -236,6 +247,15 @@ class Parts:
             problem = "is no list of names of archives beside this one"
             raise InputError(f"{self.root}/parts.json", problem, 'write ["NAME-train.zip"]')
         return [self.root.with_name(name) for name in names]
+
+    def tells(self):
+        "Whether a list of pictures lies at its top."
+        for name, (archive, entry) in self.open().items():
+            if name.endswith(".json") and "/" not in name:
+                with suppress(*BROKEN, RecursionError):
+                    if tells(json.loads(unpacked(archive, entry))):
+                        return True
+        return False
 
     def open(self):
         "{name: (archive, entry)}, opened by each process for itself."

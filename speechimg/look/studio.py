@@ -119,6 +119,7 @@ def make_front(max_seconds):
         heard = traitlets.Unicode("").tag(sync=True)  # the query, to be played
         hits = traitlets.List([]).tag(sync=True)  # {picture, name, src, coarse, fine}
         clips = traitlets.Dict({}).tag(sync=True)  # {title, sounds: [{text, src}]}
+        refused = traitlets.Int(0).tag(sync=True)  # files that only the browser may know to read
         # of answers so far: changes last, so that the page draws once
         number = traitlets.Int(0).tag(sync=True)
 
@@ -165,6 +166,7 @@ class Studio(Listener):
         return front
 
     def answer(self, front, content, buffers):
+        failed = False
         try:
             if content.get("kind") == "hear":
                 return self.play(int(content["picture"]))
@@ -173,9 +175,12 @@ class Studio(Listener):
             front.heard = uri(self.wave)
         except (InputError, KeyError, ValueError, IndexError) as error:
             self.message = str(error)
+            failed = True
         front.message, front.clips = self.message, {}
         front.hits = best_of_each_stage(self.corpus, self.hits)
         front.number += 1
+        # the page tries to read it, and sends what it hears
+        front.refused += failed and content.get("kind") == "file"
 
     def play(self, picture):
         "Send the captions of a picture to the page."
