@@ -200,7 +200,7 @@ def meaning(entry, number, where, named):
     own = typed(entry, "meaning", int, where, number)
     for key, number in (("meaning", own), ("group", typed(entry, "group", int, where, -1))):
         if not -(key == "group") <= number < 2**62:
-            raise InputError(where, f"{key!r} is {number:.6g}", "give a whole number from 0 on")
+            raise InputError(where, f"{key!r} is {number!s:.30}", "give a whole number from 0 on")
     return own
 
 # %% ../nbs/02_corpora.ipynb #086d4b97
