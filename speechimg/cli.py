@@ -230,11 +230,11 @@ class Search:
     model: str = "reference"
 
     def run(self):
-        from speechimg.core import shown
-
         at_least(1, "--top", self.top, "shows nothing")
         at_least(0, "--rerank", self.rerank, "is negative")
         writable(self.save, ".html", self.query, self.gallery, self.model)
+        self.query.stat()  # not there: told before anything slow is imported
+        from speechimg.core import shown
         from speechimg.model import read_file
         from speechimg.retrieval import load_model, open_gallery, search
 
