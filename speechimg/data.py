@@ -82,7 +82,7 @@ class Features:
 
         paths = [picture.path for picture in corpus.pictures]
         self.image, self.pictures = reader.load(
-            paths, image_front_end, "decode_image 1", decode_image
+            paths, image_front_end, "decode_image 2", decode_image
         )
         self.speech, self.captions = load_speech(
             reader, speech_front_end, set(self.pictures), max_seconds
@@ -106,7 +106,7 @@ def load_speech(reader, front_end, pictures, max_seconds):  # pictures: places o
 
     paths = [captions[place].wav for place in wanted]
     arrays, kept = reader.load(
-        paths, front_end, f"decode_audio 1 max_seconds={max_seconds}", decode
+        paths, front_end, f"decode_audio 2 max_seconds={max_seconds}", decode
     )
     return arrays, [wanted[index] for index in kept]
 
