@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'at_least', 'setting', 'settings', 'Plan', 'Evaluate', 'swaps', 'recordings', 'table', 'Search',
-           'heard', 'found', 'Check', 'Course', 'build_course', 'grade_course', 'several', 'writable', 'deliver',
-           'as_json', 'speak_plainly', 'explain', 'folder_is_there', 'run_command', 'main', 'flushed']
+           'say', 'heard', 'found', 'Check', 'check_pictures', 'Course', 'build_course', 'grade_course', 'several',
+           'writable', 'deliver', 'as_json', 'speak_plainly', 'explain', 'folder_is_there', 'run_command', 'main',
+           'flushed']
 
 # %% ../nbs/research/cli.ipynb #ee6aa657
 import json
@@ -154,7 +155,6 @@ class Evaluate:
     on_error: Literal["raise", "skip"] = "raise"
 
     def run(self):
-        from speechimg.core import shown
         from speechimg.retrieval import evaluate, load_features, load_model
 
         at_least(0, "--rerank", self.rerank, "is negative")
@@ -167,11 +167,11 @@ class Evaluate:
         result = evaluate(model, features, self.rerank, probe)
         part = corpus.split + (f" in {self.language}" if self.language else "")
         counts = f"{len(features):,} recordings, {len(features.image):,} pictures"
-        title = shown(f"{self.model} on {corpus.name}/{part}")
-        print(f"{title}: {counts}, {self.rerank} candidates re-ranked")
+        title = f"{self.model} on {corpus.name}/{part}"
+        say(f"{title}: {counts}, {self.rerank} candidates re-ranked")
         print(table(result))
         for line in features.skipped:
-            print(shown(f"skipped {line}"), file=sys.stderr)
+            say(f"skipped {line}", file=sys.stderr)
         if self.json:
             deliver(self.json, as_json(result))
 
@@ -234,7 +234,6 @@ class Search:
         at_least(0, "--rerank", self.rerank, "is negative")
         writable(self.save, ".html", self.query, self.gallery, self.model)
         self.query.stat()  # not there: told before anything slow is imported
-        from speechimg.core import shown
         from speechimg.model import read_file
         from speechimg.retrieval import load_model, open_gallery, search
 
@@ -242,17 +241,24 @@ class Search:
         wave = heard(self.query, data, model.config.max_seconds)
         corpus, images = open_gallery(model, self.gallery)
         for line in corpus.skipped:
-            print(shown(f"skipped {line}"), file=sys.stderr)
+            say(f"skipped {line}", file=sys.stderr)
         hits = search(model, wave, (corpus, images), self.top, self.rerank)
         print("rank coarse   cosine     fine  picture, ", end="")
-        print(shown(f"of {len(corpus.pictures):,} in {self.gallery}"))
+        say(f"of {len(corpus.pictures):,} in {self.gallery}")
         for hit in hits:
             print(found(hit, corpus))
         if self.save:
             from speechimg.look.page import Answer, page_of
 
             deliver(self.save, page_of([Answer(self.query.name, wave, corpus, hits)]))
-            print(shown(f"page written to {self.save}"))
+            say(f"page written to {self.save}")
+
+# %% ../nbs/research/cli.ipynb #abb5454b
+def say(text, **where):
+    "Print a line in which names of strangers may stand."
+    from speechimg.core import shown
+
+    print(shown(text), **where)
 
 # %% ../nbs/research/cli.ipynb #4be24995
 def heard(path, data, longest):  # of a recording, its bytes, seconds
@@ -294,32 +300,31 @@ class Check:
         if splits(find(self.corpus)):
             problems, left = check_corpus(self.corpus), ""
         else:
-            problems, left = self.check_pictures(find(self.corpus))
+            problems, left = check_pictures(self.corpus, find(self.corpus))
         for line in problems or [f"{self.corpus}: every file can be read"]:
             print(shown(line + ("" if problems else left)))
         return bool(problems)
 
-    def check_pictures(self, store):
-        "(problems, what was not looked at because it is no picture)"
-        from speechimg.corpora import picture_folder
-        from speechimg.files.layouts import doubtful, tried
-        from speechimg.files.store import OTHERS, counted, gallery
+# %% ../nbs/research/cli.ipynb #9da35bfb
+def check_pictures(name, store):
+    "(problems, what was not looked at because it is no picture)"
+    from speechimg.corpora import picture_folder
+    from speechimg.files.layouts import doubtful, tried
+    from speechimg.files.store import OTHERS, counted, gallery
 
-        names, problems, others = gallery(store)
-        faults = doubtful(store, [])
-        if names or not faults:
-            pictures = picture_folder(self.corpus)
-            for place in range(len(names)):
-                tried(faults, pictures.load_picture, place)
-        unread = {kind: n for kind, n in others.items() if kind in OTHERS or kind[0] != "."}
-        unread.pop("without an ending", None)
-        if unread:
-            problems.append(
-                f"{self.corpus}: not searched are {counted(unread)}; convert or copy them"
-            )
-        rest = {kind: n for kind, n in others.items() if kind not in unread}
-        left = f" that is a picture; not looked at are {counted(rest)}" if rest else ""
-        return [*map(str, faults), *problems], left
+    names, problems, others = gallery(store)
+    faults = doubtful(store, [])
+    if names or not faults:
+        pictures = picture_folder(name)
+        for place in range(len(names)):
+            tried(faults, pictures.load_picture, place)
+    unread = {kind: n for kind, n in others.items() if kind in OTHERS or kind[0] != "."}
+    unread.pop("without an ending", None)
+    if unread:
+        problems.append(f"{name}: not searched are {counted(unread)}; convert or copy them")
+    rest = {kind: n for kind, n in others.items() if kind not in unread}
+    left = f" that is a picture; not looked at are {counted(rest)}" if rest else ""
+    return [*map(str, faults), *problems], left
 
 # %% ../nbs/research/cli.ipynb #c0a25e01
 @dataclass

@@ -139,7 +139,6 @@ class Intake:
         return value
 
     def miss(self, spoken, where):
-        "Name the recordings that are missing, too, when all is to be named."
         for one in spoken if self.on_error == "skip" else ():
             with self.attempt():
                 self.there(typed(one, "wav", str, where), where)

@@ -55,6 +55,8 @@ from speechimg.run.checkpoints import (
     save_checkpoint,
     validation_row,
 )
+
+# %% ../nbs/13_train.ipynb #f9ffcd8c
 from speechimg.run.distributed import (
     average,
     processes,

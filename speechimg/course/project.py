@@ -110,7 +110,7 @@ def _rows(text):
     table = csv.reader(lines, delimiter=mark)
     return [(table.line_num + bool(told), row) for row in table if any(map(str.strip, row))]
 
-
+# %% ../../nbs/teach/project.ipynb #2bebb869
 def _table(path: Path) -> list[dict]:
     "The lines of captions.csv, each with all columns. InputError names the line at fault."
     remedy = f"save a table with the columns {', '.join(COLUMNS)} there, as CSV in UTF-8"

@@ -39,7 +39,7 @@ def in_threads(work, chunks):
         while waiting:
             yield waiting.popleft().result()
 
-
+# %% ../../nbs/research/ahead.ipynb #0704b919
 def features_of(
     read,  # path -> bytes
     paths,

@@ -114,7 +114,7 @@ def read_samples(data, name, max_seconds):
         raise InputError(name, problem, "convert it to WAV, FLAC or Ogg, or remove it") from None
     return wave, rate, whole
 
-
+# %% ../../nbs/research/decode.ipynb #d9fad39a
 def cut_off(notes):  # what libsndfile says of a file
     "Whether a WAV holds less than its header says; recorders that stream promise nothing."
     cut = re.search(r"data : (\d+) \(should be (\d+)\)", notes)
@@ -153,7 +153,7 @@ def ogg_starts(data):
         at += 27 + count + sum(data[at + 27 : at + 27 + count])
     return starts
 
-
+# %% ../../nbs/research/decode.ipynb #0b3a515f
 def wav_parts(data):
     "A WAV, and those behind it; a data chunk of size 0, or beyond the end, goes to the end."
     at = 12
@@ -217,7 +217,7 @@ def mp3_frames(data):
             at, lost = data.find(b"\xff", at + 1), lost + 1
     return found if lost < 100_000 else []
 
-
+# %% ../../nbs/research/decode.ipynb #22397819
 def side_length(head):
     "Bytes between the header of a frame and what it may hold in place of sound."
     return ((9, 17), (17, 32))[head[1] >> 3 & 3 == 3][head[3] >> 6 != 3]
@@ -290,7 +290,7 @@ def decode_image(data, name):
         raise InputError(name, problem, "convert it to PNG or JPEG, or remove it") from None
     return image
 
-
+# %% ../../nbs/research/decode.ipynb #ccc0d2c7
 @cache
 def formats():
     "Those of FORMATS that the installed PIL knows."

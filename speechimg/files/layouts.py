@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from ..core import InputError
-from .store import manifest, parsed, safe, tells, typed
+from .store import manifest, only_folder, parsed, safe, tells, typed
 
 # %% ../../nbs/research/layouts.ipynb #7c48428b
 @dataclass
@@ -425,12 +425,12 @@ def doubtful(store, splits):
 def entered(store):
     "The Store, or that of the one folder inside in which the corpus lies."
     for _ in range(3):
-        if (inner := store.below()) is None or recognise(store).splits:
+        if (inner := only_folder(store)) is None or recognise(store).splits:
             break
         store = inner
     return store
 
-
+# %% ../../nbs/research/layouts.ipynb #d3b77767
 def read_own(store, split):
     source = f"{split}.json"
     entries = enumerate(manifest(store, source))

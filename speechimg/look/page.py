@@ -145,7 +145,7 @@ def write_page(
         # a file name may hold bytes that are no text
         file.write(page_of(answers, heading).encode("utf-8", "replace"))
 
-
+# %% ../../nbs/research/page.ipynb #f218d3b9
 def page_of(answers, heading="Spoken words, and the pictures found"):
     "The HTML of write_page."
     sections = "".join(section(answer) for answer in answers)

@@ -165,7 +165,7 @@ function chooser(most, say, send) {
     name = chosen.name;
     file.value = "";
     if (data.byteLength <= LARGEST) send({ kind: "file", name }, data.slice(0));
-    else await decode(`${name}: the browser cannot read this file; ` + ADVICE(most));
+    else await decode(() => `${name}: the browser cannot read this file; ` + ADVICE(most));
   };
 
   async function decode(otherwise) {
@@ -174,7 +174,7 @@ function chooser(most, say, send) {
       const sound = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(data);
       send({ kind: "recording" }, await convert(sound, most + 1));
     } catch {
-      say(otherwise);
+      say(otherwise());
     }
     data = null;
   }
@@ -247,7 +247,7 @@ function render({ model, el }) {
     clips.querySelector("audio")?.play().catch(() => {});
   }
 
-  const refused = () => files.decode(model.get("message"));
+  const refused = () => files.decode(() => model.get("message"));
   model.on("change:number", draw);
   model.on("change:clips", hear);
   model.on("change:refused", refused);

@@ -155,8 +155,7 @@ class Studio(Listener):
 
     def show(self, **more):  # right, title, as in show_answers
         "The last answer as a Figure."
-        more = {"title": self.message} | more
-        return show_answers(self.wave, self.corpus, self.hits, **more)
+        return show_answers(self.wave, self.corpus, self.hits, **{"title": self.message} | more)
 
     @cached_property
     def front(self):
@@ -166,7 +165,6 @@ class Studio(Listener):
         return front
 
     def answer(self, front, content, buffers):
-        failed = False
         try:
             if content.get("kind") == "hear":
                 return self.play(int(content["picture"]))
@@ -175,12 +173,10 @@ class Studio(Listener):
             front.heard = uri(self.wave)
         except (InputError, KeyError, ValueError, IndexError) as error:
             self.message = str(error)
-            failed = True
+            front.refused += content.get("kind") == "file"  # the page tries to read it
         front.message, front.clips = self.message, {}
         front.hits = best_of_each_stage(self.corpus, self.hits)
         front.number += 1
-        # the page tries to read it, and sends what it hears
-        front.refused += failed and content.get("kind") == "file"
 
     def play(self, picture):
         "Send the captions of a picture to the page."

@@ -190,7 +190,7 @@ def refuse_used_folder(out):
         if (out / name).exists():
             raise InputError(out / name, "would be overwritten", "choose another folder")
 
-
+# %% ../../nbs/research/checkpoints.ipynb #4ac225e1
 @contextmanager
 def alone_in(out):
     "Keep other trainings out of a folder, made if missing. InputError says who is in it."
@@ -224,7 +224,7 @@ def alone_in(out):
             with suppress(OSError):
                 out.rmdir()  # unless something was written
 
-
+# %% ../../nbs/research/checkpoints.ipynb #dab9f957
 def refuse_different_folders(checkpoint, out):
     "Each machine looks into a folder of its own, if they share none."
     steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())
@@ -291,7 +291,7 @@ def row_to_write(path, state):  # log.csv, from latest_checkpoint
 def as_line(row):  # {column: number}
     return ",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n"
 
-
+# %% ../../nbs/research/checkpoints.ipynb #7e4e5872
 def validation_row(metrics):  # from retrieval.evaluate
     "What of a validation goes into the log, in percent; without _back: speech to image."
     row = {f"swap_{stage}": value for stage, value in (metrics["swap"] or {}).items()}
