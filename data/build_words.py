@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from speechimg.core import atomic_write, cache_dir
 from speechimg.corpora import load_corpus
-from speechimg.data import FileReader, augment_speech
+from speechimg.data import augment_speech
+from speechimg.files.ahead import FileReader
 from speechimg.files.cache import FeatureCache
 from speechimg.files.decode import decode_audio, decode_image
 from speechimg.speech import frame_mask
@@ -158,7 +159,7 @@ def features_of(split):
 def recordings(split):
     "[(word, text, frames), ...] of a split."
     corpus, words, reader = features_of(split)
-    name = "decode_audio 1 max_seconds=20.0"  # the key of the cache that a training uses
+    name = "decode_audio 2 max_seconds=20.0"  # the key of the cache that a training uses
     paths = [one.wav for one in corpus.captions]
     frames, _ = reader.load(paths, WhisperSpeech(), name, lambda *a: decode_audio(*a, 20.0))
     return [(words[one.image], one.text, each) for one, each in zip(corpus.captions, frames)]
@@ -174,7 +175,7 @@ def drawings(split):
     "(words (n,), patches (n, P, 320)) of its pictures."
     corpus, words, reader = features_of(split)
     paths = [picture.path for picture in corpus.pictures]
-    grids, _ = reader.load(paths, LiteImage(), "decode_image 1", decode_image)
+    grids, _ = reader.load(paths, LiteImage(), "decode_image 2", decode_image)
     return words, torch.tensor(np.stack([np.asarray(one) for one in grids])).float()
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'at_least', 'setting', 'settings', 'Plan', 'Evaluate', 'swaps', 'recordings', 'table', 'Search',
-           'heard', 'found', 'Check', 'Course', 'build_course', 'grade_course', 'several', 'writable', 'speak_plainly',
-           'explain', 'run_command', 'main']
+           'say', 'heard', 'found', 'Check', 'check_pictures', 'Course', 'build_course', 'grade_course', 'several',
+           'writable', 'deliver', 'as_json', 'speak_plainly', 'explain', 'folder_is_there', 'run_command', 'main',
+           'flushed']
 
 # %% ../nbs/research/cli.ipynb #ee6aa657
 import json
@@ -122,9 +123,7 @@ class Plan:
     set: UseAppendAction[list[str]] = field(default_factory=list)
 
     def run(self):
-        from speechimg.core import write_json
-
-        writable(self.json)
+        writable(self.json, ".json", self.config)
         from speechimg.run.plan import assumed, plan, report
 
         config = settings(self.config, self.set)
@@ -132,7 +131,7 @@ class Plan:
         result["assumed"] = assumed(self.config)
         print(report(result))
         if self.json:
-            write_json(self.json, result)
+            deliver(self.json, as_json(result))
 
 # %% ../nbs/research/cli.ipynb #4d5634ed
 @dataclass
@@ -156,11 +155,10 @@ class Evaluate:
     on_error: Literal["raise", "skip"] = "raise"
 
     def run(self):
-        from speechimg.core import write_json
         from speechimg.retrieval import evaluate, load_features, load_model
 
         at_least(0, "--rerank", self.rerank, "is negative")
-        writable(self.json)
+        writable(self.json, ".json", self.corpus, self.model)
         model = load_model(self.model)
         corpus = recordings(self.corpus, self.split, self.language, self.on_error)
         features = load_features(model, corpus, self.on_error)
@@ -169,12 +167,13 @@ class Evaluate:
         result = evaluate(model, features, self.rerank, probe)
         part = corpus.split + (f" in {self.language}" if self.language else "")
         counts = f"{len(features):,} recordings, {len(features.image):,} pictures"
-        print(f"{self.model} on {corpus.name}/{part}: {counts}, {self.rerank} candidates re-ranked")
+        title = f"{self.model} on {corpus.name}/{part}"
+        say(f"{title}: {counts}, {self.rerank} candidates re-ranked")
         print(table(result))
         for line in features.skipped:
-            print(f"skipped {line}", file=sys.stderr)
+            say(f"skipped {line}", file=sys.stderr)
         if self.json:
-            write_json(self.json, result)
+            deliver(self.json, as_json(result))
 
 # %% ../nbs/research/cli.ipynb #52726217
 def swaps(name, corpus, features):  # option of Evaluate, Corpus, data.Features
@@ -232,25 +231,34 @@ class Search:
 
     def run(self):
         at_least(1, "--top", self.top, "shows nothing")
-        writable(self.save)
-        data = self.query.read_bytes()
+        at_least(0, "--rerank", self.rerank, "is negative")
+        writable(self.save, ".html", self.query, self.gallery, self.model)
+        self.query.stat()  # not there: told before anything slow is imported
+        from speechimg.model import read_file
         from speechimg.retrieval import load_model, open_gallery, search
 
-        model = load_model(self.model)
+        data, model = read_file(self.query), load_model(self.model)
         wave = heard(self.query, data, model.config.max_seconds)
         corpus, images = open_gallery(model, self.gallery)
         for line in corpus.skipped:
-            print(f"skipped {line}", file=sys.stderr)
+            say(f"skipped {line}", file=sys.stderr)
         hits = search(model, wave, (corpus, images), self.top, self.rerank)
         print("rank coarse   cosine     fine  picture, ", end="")
-        print(f"of {len(corpus.pictures):,} in {self.gallery}")
+        say(f"of {len(corpus.pictures):,} in {self.gallery}")
         for hit in hits:
             print(found(hit, corpus))
         if self.save:
-            from speechimg.look.page import Answer, write_page
+            from speechimg.look.page import Answer, page_of
 
-            write_page(self.save, [Answer(self.query.name, wave, corpus, hits)])
-            print(f"page written to {self.save}")
+            deliver(self.save, page_of([Answer(self.query.name, wave, corpus, hits)]))
+            say(f"page written to {self.save}")
+
+# %% ../nbs/research/cli.ipynb #abb5454b
+def say(text, **where):
+    "Print a line in which names of strangers may stand."
+    from speechimg.core import shown
+
+    print(shown(text), **where)
 
 # %% ../nbs/research/cli.ipynb #4be24995
 def heard(path, data, longest):  # of a recording, its bytes, seconds
@@ -269,10 +277,12 @@ def heard(path, data, longest):  # of a recording, its bytes, seconds
 
 def found(hit, corpus):  # retrieval.Hit, Corpus
     "A line of the answer."
+    from speechimg.core import shown
+
     fine = "" if hit.fine is None else format(hit.fine, ".2f")
     concepts = corpus.pictures[hit.picture].concepts
     listed = f"({', '.join(concepts)})" if concepts else ""
-    return f"{hit.rank:4}{hit.before:7}{hit.coarse:9.2f}{fine:>9}  {hit.path} {listed}"
+    return f"{hit.rank:4}{hit.before:7}{hit.coarse:9.2f}{fine:>9}  {shown(hit.path + ' ' + listed)}"
 
 # %% ../nbs/research/cli.ipynb #e4ab7946
 @dataclass
@@ -284,26 +294,37 @@ class Check:
     corpus: Positional[str]
 
     def run(self):
+        from speechimg.core import shown
         from speechimg.corpora import check_corpus, find, splits
 
         if splits(find(self.corpus)):
-            problems = check_corpus(self.corpus)
+            problems, left = check_corpus(self.corpus), ""
         else:
-            problems = self.check_pictures()
-        print("\n".join(problems) if problems else f"{self.corpus}: every file can be read")
+            problems, left = check_pictures(self.corpus, find(self.corpus))
+        for line in problems or [f"{self.corpus}: every file can be read"]:
+            print(shown(line + ("" if problems else left)))
         return bool(problems)
 
-    def check_pictures(self):
-        from speechimg.core import InputError
-        from speechimg.corpora import picture_folder
+# %% ../nbs/research/cli.ipynb #9da35bfb
+def check_pictures(name, store):
+    "(problems, what was not looked at because it is no picture)"
+    from speechimg.corpora import picture_folder
+    from speechimg.files.layouts import doubtful, tried
+    from speechimg.files.store import OTHERS, counted, gallery
 
-        pictures, problems = picture_folder(self.corpus), []
-        for place in range(len(pictures.pictures)):
-            try:
-                pictures.load_picture(place)
-            except InputError as error:
-                problems.append(str(error))
-        return problems
+    names, problems, others = gallery(store)
+    faults = doubtful(store, [])
+    if names or not faults:
+        pictures = picture_folder(name)
+        for place in range(len(names)):
+            tried(faults, pictures.load_picture, place)
+    unread = {kind: n for kind, n in others.items() if kind in OTHERS or kind[0] != "."}
+    unread.pop("without an ending", None)
+    if unread:
+        problems.append(f"{name}: not searched are {counted(unread)}; convert or copy them")
+    rest = {kind: n for kind, n in others.items() if kind not in unread}
+    left = f" that is a picture; not looked at are {counted(rest)}" if rest else ""
+    return [*map(str, faults), *problems], left
 
 # %% ../nbs/research/cli.ipynb #c0a25e01
 @dataclass
@@ -345,7 +366,7 @@ def build_course(classroom, out, seed, assignments):  # module classroom, option
 
 
 def grade_course(classroom, out, assignments, jobs, unsafe):  # module classroom, options of Course
-    from speechimg.core import InputError
+    from speechimg.core import InputError, shown
 
     inbox = out / "submitted"
     handed_in = sorted({path.name for path in inbox.glob("*/*") if path.is_dir()})
@@ -356,6 +377,7 @@ def grade_course(classroom, out, assignments, jobs, unsafe):  # module classroom
         marks, text = classroom.grade(out, name, jobs, unsafe)
         shut = next((one.shut for one in marks if one.shut), None) or ["nothing"]
         print(f"{name}: {several(marks, 'submission')}, ", end="")
+        text = "\n".join(map(shown, text.split("\n")))  # students write their names as they like
         print(f"kept from strangers' code by {', '.join(shut)}\n\n{text}\n")
         print(f"written to {out / 'marks' / name}.csv and the gradebook\n")
 
@@ -364,8 +386,8 @@ def several(things, name):  # [1, 2], "mark" -> "2 marks"
     return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 # %% ../nbs/research/cli.ipynb #e21a6978
-def writable(path):  # a file about to be written, minutes from now; or None
-    "Say at once what would go wrong at the end. Raises InputError."
+def writable(path, ending, *inputs):  # a file about to be written, minutes from now; or None
+    "Say at once what would go wrong at the end, or be lost by it. Raises InputError."
     from speechimg.core import InputError
 
     if path is None:
@@ -373,6 +395,34 @@ def writable(path):  # a file about to be written, minutes from now; or None
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(path, "cannot be written", "give a file in a folder of yours")
+    given = [Path(one).resolve() for one in inputs if one is not None]
+    place = path.resolve()
+    read = any(one == place or one.is_dir() and one in place.parents for one in given)
+    if path.is_file() and (read or place.suffix.lower() not in (ending, ending[:-1])):
+        problem = (
+            "is there already, and is read here" if read else f"is there, and no {ending} file"
+        )
+        raise InputError(path, problem, "give another name")
+
+
+def deliver(path, text):
+    "Write what was asked for: to the end of a link, into a device as it is, else all or nothing."
+    from speechimg.core import atomic_write
+
+    data = text.encode("utf-8", "replace")  # a file name may hold bytes that are no text
+    place = path.resolve()
+    if path.exists() and (
+        not path.is_file() or path.absolute().parts[1:2] in (("dev",), ("proc",))
+    ):
+        with open(path, "ab") as file:
+            file.write(data)
+    else:
+        with atomic_write(place) as file:
+            file.write(data)
+
+
+def as_json(result):
+    return json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 # %% ../nbs/research/cli.ipynb #f3a4e9bb
 def speak_plainly(first):  # is this the first process?
@@ -381,6 +431,9 @@ def speak_plainly(first):  # is this the first process?
     if first:
         warnings.filterwarnings("default", module=r"speechimg\.")
     warnings.formatwarning = lambda message, *_, **__: f"speechimg: {message}\n"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 
@@ -391,12 +444,19 @@ def explain(error):  # any Exception
     if type(error).__name__ == "InputError":  # not imported here: --help must not wait for torch
         return str(error), 2
     if isinstance(error, OSError) and error.strerror:
-        where = error.filename or "a file"
+        where = error.filename or ("a file" if folder_is_there() else "the current folder")
         return f"{where}: {error.strerror}; check path, rights and free space", 2
     if isinstance(error, MemoryError) or "allocate" in str(error):
         return f"not enough memory ({words[:99]}); lower batch_size, width or queue_size", 2
     name = type(error).__name__
-    return f"unexpected {name}: {words}; SPEECHIMG_TRACEBACK=1 shows where", 1
+    return f"unexpected {name}: {words}; SPEECHIMG_TRACEBACK=1 shows where", 3
+
+
+def folder_is_there():
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 # %% ../nbs/research/cli.ipynb #b6c10c59
 COMMANDS = {
@@ -425,7 +485,7 @@ def run_command(arguments, first):  # list of str or None, is this the first pro
 
 # %% ../nbs/research/cli.ipynb #dfb66ac3
 def main(arguments: list[str] | None = None) -> int:  # those of the process when left out
-    "Exit code: 0; 1 problems found, 2 wrong input, 130 stopped by Ctrl-C, 141 reader gone."
+    "Exit code: 0; 1 problems found, 2 wrong input, 3 a fault of ours, 130 Ctrl-C, 141 reader gone."
     several = os.environ.get("WORLD_SIZE", "1") != "1"  # processes, started by torchrun
     rank = os.environ.get("RANK", "0")
     first = not several or rank == "0"
@@ -441,10 +501,22 @@ def main(arguments: list[str] | None = None) -> int:  # those of the process whe
         if os.environ.get("SPEECHIMG_TRACEBACK"):
             raise
         problem, code = explain(error)
+        if sys.stdout.closed or not flushed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not first:
         time.sleep(3)  # torchrun stops this process if the first one said the same
-    print(f"speechimg: {f'rank {rank}: ' if several else ''}{problem}", file=sys.stderr)
+    plain = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in problem)
+    print(f"speechimg: {f'rank {rank}: ' if several else ''}{plain}", file=sys.stderr)
     return code
+
+
+def flushed():
+    "Whether all that was printed has arrived; a full disk would be told a second time at the end."
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 # %% ../nbs/research/cli.ipynb #567e3b0c
 if __name__ == "__main__" and "__file__" in globals():

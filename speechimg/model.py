@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .core import Config, InputError
+from .files.cache import ordinary
 from .files.decode import MAX_SIDE, SAMPLE_RATE, decode_audio, decode_image, to_rgb
 from .image import ImageTower
 from .run.hub import HubModel
@@ -157,7 +158,7 @@ def read_picture(one, name):  # a path, or a PIL picture
 def read_file(path):
     "The bytes of a file. Raises InputError."
     try:
-        return Path(path).read_bytes()
+        return ordinary(path)
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from None
 

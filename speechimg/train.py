@@ -39,6 +39,7 @@ from .files.cache import sha256
 from .model import SpeechImageModel, build_towers
 from .retrieval import evaluate, load_features
 from speechimg.run.checkpoints import (
+    alone_in,
     as_line,
     begin_with,
     board,
@@ -50,9 +51,12 @@ from speechimg.run.checkpoints import (
     refuse_other_run,
     refuse_used_folder,
     restore,
+    row_to_write,
     save_checkpoint,
     validation_row,
 )
+
+# %% ../nbs/13_train.ipynb #f9ffcd8c
 from speechimg.run.distributed import (
     average,
     processes,
@@ -223,6 +227,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     begin: float  # time.perf_counter() when it would have begun, had it never been interrupted
     done: int = 0  # steps that a checkpoint has done
+    row: dict = {}  # what is still to be validated and logged of the last of them
 
 
 def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  # as in train
@@ -240,7 +245,7 @@ def prepare(config, corpus, out, resume, on_error, limit, towers, start=None):  
     if world().rank == 0:
         make_folder(out)
 
-    data = fingerprints(parts, features["train"])
+    data = fingerprints(parts, features)
     if start:
         data["start"] = begin_with(model, start)  # before the teacher copies it
     alignment = make_alignment(model, config, features["train"])
@@ -275,10 +280,12 @@ def make_folder(out):
             stale.unlink()
 
 
-def fingerprints(parts, features):  # {split: Corpus}, Features of train
-    "What a training was made from: of each split, and of the recordings that could be read."
+def fingerprints(parts, features):  # {split: Corpus}, {split: Features}
+    "What a training was made from: lists, recordings that could be read, bytes of all files."
     found = {f"{split}.json": part.fingerprint() for split, part in parts.items()}
-    return found | {"recordings": sha256("\n".join(features.uttids))}
+    read = [key for one in features.values() for key in (*one.image.keys, *one.speech.keys)]
+    names = sha256("\n".join(features["train"].uttids))
+    return found | {"recordings": names, "contents": sha256("\n".join(read))}
 
 # %% ../nbs/13_train.ipynb #13loop03
 def make_alignment(model, config, features):  # Features of train
@@ -321,7 +328,8 @@ def go_on(run, config, out):  # a fresh Run
         work_in(there, run.alignment)
     if world().rank == 0:
         prune(out, state["step"])  # a killed run left more
-    return run._replace(done=state["step"], begin=run.begin - state["seconds"])
+    row = row_to_write(out / "log.csv", state)
+    return run._replace(done=state["step"], begin=run.begin - state["seconds"], row=row)
 
 
 def shared_precision(config):
@@ -414,29 +422,36 @@ def loop(config, run, out, on_step, progress):  # Run; the rest as in train
     first, metrics = world().rank == 0, None
     stepper = run.alignment if world().size == 1 else together(run.alignment)
     with record(config, run, out, progress) as write:
+
+        def close(row):  # what can fail comes after the checkpoint
+            nonlocal metrics
+            if first and is_due(row["step"], config.evaluate_every, config):
+                metrics = validate(run)
+                row |= validation_row(metrics) if metrics else {}
+            write(row)
+            if on_step:
+                on_step(row)
+
+        if run.row:
+            close(dict(run.row))
         for step, epoch, parts, generator in steps_left(config, run):
             try:
                 micro_batches = [part.to(default_device()) for part in parts]
                 outputs, norm = train_step(stepper, run.optimizer, micro_batches, step, generator)
             except FloatingPointError as error:
                 raise not_finite(error, step, parts, out) from None
-            done = step + 1
             row = log_row(config, run, outputs, norm, step, epoch)
-            if first and is_due(done, config.evaluate_every, config):
-                metrics = validate(run)
-                row |= validation_row(metrics) if metrics else {}
-            write(row)
-            if first and is_due(done, config.checkpoint_every, config):
-                save_checkpoint(out, run.alignment, run.optimizer, state_of(config, run, done))
-            if on_step:
-                on_step(row)
+            if first and is_due(step + 1, config.checkpoint_every, config):
+                save_checkpoint(out, run.alignment, run.optimizer, state_of(config, run, row))
+            close(row)
     return metrics
 
 
-def state_of(config, run, done):
+def state_of(config, run, row):
     "What a checkpoint says of itself, beside its tensors."
     return {
-        "step": done,
+        "step": row["step"],
+        "row": dict(row),
         "config": config.to_dict(),
         "precision": run.alignment.config.precision,
         "data": run.data,
@@ -507,7 +522,7 @@ def train(
 ) -> Path:
     "Train and save a model -> its folder. Raises InputError for all that can be mended."
     out = Path(out)
-    with processes():
+    with processes(), alone_in(out):
         run = prepare(config, corpus, out, resume, on_error, limit, towers, start)
         metrics = loop(config, run, out, on_step, progress)
         if world().rank == 0:

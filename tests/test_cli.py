@@ -409,7 +409,7 @@ def test_an_older_result_survives_a_failure(command, place, tmp_path, monkeypatc
         "page.html",
     )
     assert (
-        code == 1
+        code == 3
         and err.count("\n") == 1
         and "unexpected ZeroDivisionError" in err
         and "SPEECHIMG_TRACEBACK" in err

@@ -459,9 +459,11 @@ def test_several_processes_fill_one_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Exception) as caught:
-        FeatureCache(tmp_path / "file" / "cache").get(sha256(""), "params", lambda: ARRAY)
-    assert "SPEECHIMG_CACHE" in str(caught.value)
+    cache = FeatureCache(tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match="SPEECHIMG_CACHE") as told:
+        for _ in range(3):
+            np.testing.assert_array_equal(cache.get(sha256(""), "params", lambda: ARRAY), ARRAY)
+    assert len(told) == 1
     with pytest.raises(TypeError):
         FeatureCache(tmp_path / "cache").get(sha256(""), "params", lambda: np.array([None]))
     assert not list(tmp_path.rglob("*.npz"))

@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'LINES', 'split_pictures', 'save_recording', 'caption_rows
 
 # %% ../../nbs/teach/project.ipynb #20527e54
 import csv
+import io
 import math
 from collections import Counter
 from datetime import date
@@ -96,17 +97,38 @@ def caption_rows(
 COLUMNS = ("image", "wav", "text", "speaker", "consent")  # consent is a date, 2026-01-31
 
 
+def _rows(text):
+    "[(line, cells)] of what a spreadsheet saved, with commas, semicolons or tabs."
+    lines = io.StringIO(
+        text, newline=""
+    )  # lines end at \r or \n alone: other breaks belong to a text
+    first = text.partition("\n")[0]
+    told = first.strip().lower().removeprefix("sep=") if first.lower().startswith("sep=") else ""
+    if told:
+        lines.readline()
+    mark = told[:1] or max(",;\t", key=first.count)
+    table = csv.reader(lines, delimiter=mark)
+    return [(table.line_num + bool(told), row) for row in table if any(map(str.strip, row))]
+
+# %% ../../nbs/teach/project.ipynb #2bebb869
 def _table(path: Path) -> list[dict]:
     "The lines of captions.csv, each with all columns. InputError names the line at fault."
+    remedy = f"save a table with the columns {', '.join(COLUMNS)} there, as CSV in UTF-8"
     try:
-        text = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = f"save a table with the columns {', '.join(COLUMNS)} there, as CSV in UTF-8"
+        rows = _rows(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(path, f"cannot be read ({error})", remedy) from None
+    head = [name.strip().lower() for name in rows[0][1]] if rows else []
+    for name in COLUMNS:
+        if head.count(name) != 1:
+            raise InputError(path, f"has {head.count(name)} columns {name!r}, not one", remedy)
+    if len(rows) < 2:
+        raise InputError(path, "holds no lines under its head", remedy)
     found = []
-    for line in csv.DictReader(text, delimiter=";" if ";" in "".join(text[:1]) else ","):
-        found.append(line := {name: line.get(name) or "" for name in COLUMNS})
-        where = f"{path} line {len(found) + 1}"
+    for number, row in rows[1:]:
+        line = {name: cell.strip() for name, cell in zip(head, row)}
+        found.append(line := {name: line.get(name, "") for name in COLUMNS})
+        where = f"{path} line {number}"
         for name in ("image", "wav", "speaker"):
             if not line[name]:
                 raise InputError(where, f"has no {name}", "fill it in")

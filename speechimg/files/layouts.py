@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'FLICKR8K_PICTURES', 'COCO', 'KARPATHY', 'OFFICIAL', 'PLACES
            'karpathy_texts', 'token_texts', 'flickr8k', 'read_flickr8k', 'flickr8k_lines', 'spokencoco',
            'read_spokencoco', 'karpathy_names', 'coco_entries', 'below', 'place_coco', 'places', 'read_places',
            'usable_rows', 'place_places', 'row_caption', 'speech_coco', 'read_speech_coco', 'one_caption', 'own',
-           'read_own', 'recognise']
+           'own_lists', 'is_list', 'doubtful', 'entered', 'read_own', 'recognise']
 
 # %% ../../nbs/research/layouts.ipynb #93a1d22c
 import re
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from ..core import InputError
-from .store import manifest, parsed, safe, typed
+from .store import manifest, only_folder, parsed, safe, tells, typed
 
 # %% ../../nbs/research/layouts.ipynb #7c48428b
 @dataclass
@@ -395,11 +395,42 @@ def one_caption(content, name, where, part):
 # %% ../../nbs/research/layouts.ipynb #afc4d415
 def own(store):
     "Our own Layout: a manifest for each split at the top, which may be none."
-    names = [name for name in store.names(deep=False) if name.endswith(".json")]
-    splits = [name[:-5] for name in names if name != "swap.json"]
+    splits = [name[:-5] for name in own_lists(store) if is_list(store, name)]
     return Layout("own", splits, partial(read_own, store), large=False)
 
 
+def own_lists(store):
+    names = store.names(deep=False)
+    kept = "swap.json", "parts.json"
+    return [name for name in names if name.endswith(".json") and name not in kept]
+
+
+def is_list(store, name):
+    return tells(tried([], parsed, store, name))
+
+
+def doubtful(store, splits):
+    "An InputError for each file that should be the list of a split and is not."
+    faults = []
+    for name in own_lists(store):
+        if name[:-5] in ("train", "val", "test", "dev", "all") and name[:-5] not in splits:
+            tried(faults, manifest, store, name)
+        elif name[:-5] not in splits:
+            content = tried(faults, parsed, store, name)
+            if isinstance(content, dict) and "data" in content and splits:
+                tried(faults, manifest, store, name)
+    return faults
+
+
+def entered(store):
+    "The Store, or that of the one folder inside in which the corpus lies."
+    for _ in range(3):
+        if (inner := only_folder(store)) is None or recognise(store).splits:
+            break
+        store = inner
+    return store
+
+# %% ../../nbs/research/layouts.ipynb #d3b77767
 def read_own(store, split):
     source = f"{split}.json"
     entries = enumerate(manifest(store, source))

@@ -3,6 +3,7 @@ const RATE = 16000; // numbers a second, as the model expects them
 const LARGEST = 8e6; // bytes: a message of more than 10 MB would cut the connection to the kernel
 const FORBIDDEN =
   "This page may not use a microphone: it has to come from https or from localhost. Choose a file.";
+const ADVICE = (most) => `convert it to WAV, FLAC or MP3 and cut it to ${most} seconds`;
 const REFUSED = {
   NotAllowedError:
     "The browser may not use the microphone. Allow it beside the address, or choose a file.",
@@ -151,30 +152,34 @@ function recorder(most, say, send) {
 }
 
 function chooser(most, say, send) {
-  // a file of up to 8 MB goes as it is; of a larger one the page sends the beginning
+  // a file of up to 8 MB goes as it is; of a larger one, and of one that Python cannot read (WebM and
+  // M4A, as browsers and phones record), the page sends the sound of the beginning
   const file = make("input", "file");
+  let data = null, name = "";
   file.type = "file";
-  file.accept = "audio/*,.wav,.flac,.ogg,.mp3";
+  file.accept = "audio/*,video/webm,.wav,.flac,.ogg,.mp3,.m4a,.webm";
   file.onchange = async () => {
     const chosen = file.files[0];
     if (!chosen) return;
-    const data = await chosen.arrayBuffer();
+    data = await chosen.arrayBuffer();
+    name = chosen.name;
     file.value = "";
-    if (data.byteLength <= LARGEST) {
-      send({ kind: "file", name: chosen.name }, data);
-      return;
-    }
+    if (data.byteLength <= LARGEST) send({ kind: "file", name }, data.slice(0));
+    else await decode(() => `${name}: the browser cannot read this file; ` + ADVICE(most));
+  };
+
+  async function decode(otherwise) {
+    if (!data) return;
     try {
       const sound = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(data);
       send({ kind: "recording" }, await convert(sound, most + 1));
     } catch {
-      say(
-        `${chosen.name}: the browser cannot read this file; ` +
-          `convert it to WAV, FLAC or MP3 and cut it to ${most} seconds`,
-      );
+      say(otherwise());
     }
-  };
-  return file;
+    data = null;
+  }
+
+  return { file, decode };
 }
 
 // ---- the answer
@@ -222,7 +227,8 @@ function render({ model, el }) {
   };
   const microphone = recorder(most, say, send);
   message.setAttribute("role", "status");
-  bar.append(...microphone.parts, chooser(most, say, send));
+  const files = chooser(most, say, send);
+  bar.append(...microphone.parts, files.file);
   el.classList.add("speechimg-studio");
   el.append(bar, message, heard, ranks, clips);
 
@@ -241,13 +247,16 @@ function render({ model, el }) {
     clips.querySelector("audio")?.play().catch(() => {});
   }
 
+  const refused = () => files.decode(() => model.get("message"));
   model.on("change:number", draw);
   model.on("change:clips", hear);
+  model.on("change:refused", refused);
   draw();
   return () => {
     microphone.close();
     model.off("change:number", draw);
     model.off("change:clips", hear);
+    model.off("change:refused", refused);
   };
 }
 

@@ -119,6 +119,7 @@ def make_front(max_seconds):
         heard = traitlets.Unicode("").tag(sync=True)  # the query, to be played
         hits = traitlets.List([]).tag(sync=True)  # {picture, name, src, coarse, fine}
         clips = traitlets.Dict({}).tag(sync=True)  # {title, sounds: [{text, src}]}
+        refused = traitlets.Int(0).tag(sync=True)  # files that only the browser may know to read
         # of answers so far: changes last, so that the page draws once
         number = traitlets.Int(0).tag(sync=True)
 
@@ -154,8 +155,7 @@ class Studio(Listener):
 
     def show(self, **more):  # right, title, as in show_answers
         "The last answer as a Figure."
-        more = {"title": self.message} | more
-        return show_answers(self.wave, self.corpus, self.hits, **more)
+        return show_answers(self.wave, self.corpus, self.hits, **{"title": self.message} | more)
 
     @cached_property
     def front(self):
@@ -173,6 +173,7 @@ class Studio(Listener):
             front.heard = uri(self.wave)
         except (InputError, KeyError, ValueError, IndexError) as error:
             self.message = str(error)
+            front.refused += content.get("kind") == "file"  # the page tries to read it
         front.message, front.clips = self.message, {}
         front.hits = best_of_each_stage(self.corpus, self.hits)
         front.number += 1

@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['PARTS', 'KINDS', 'COLUMNS', 'CURVES', 'checkpoints', 'prune', 'discard', 'settle', 'save_checkpoint', 'tensors_of',
            'latest_checkpoint', 'read_state', 'read_part', 'restore', 'put_moment', 'restore_random',
-           'refuse_used_folder', 'refuse_different_folders', 'refuse_other_run', 'open_log', 'as_line',
-           'validation_row', 'draw_curves', 'begin_with', 'board']
+           'refuse_used_folder', 'alone_in', 'refuse_different_folders', 'refuse_other_run', 'open_log', 'logged',
+           'row_to_write', 'as_line', 'validation_row', 'draw_curves', 'begin_with', 'board']
 
 # %% ../../nbs/research/checkpoints.ipynb #a6fde718
 import os
+import re
 import shutil
+import socket
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from speechimg.core import (
@@ -29,7 +33,7 @@ from speechimg.core import (
     write_json,
 )
 from ..files.cache import sha256
-from .distributed import row_counts
+from .distributed import row_counts, world
 
 # %% ../../nbs/research/checkpoints.ipynb #33e0bcda
 PARTS = ("model", "alignment", "optimizer")  # the files of a checkpoint: no other is ever opened
@@ -116,13 +120,14 @@ def latest_checkpoint(out):  # the folder of a run
 
 # %% ../../nbs/research/checkpoints.ipynb #3a32c147
 KINDS = {"step": int, "seconds": (int, float), "config": dict, "data": dict, "files": dict}
+KINDS["row"] = dict  # the line of the log that follows the checkpoint
 
 
 def read_state(folder):
     "What state.json says. Raises ValueError, KeyError or InputError where that cannot be."
     if folder.is_symlink():
         raise ValueError("it is a link")
-    state = {"config": {}, "data": {}, "seconds": 0.0} | read_json(folder / "state.json")
+    state = {"config": {}, "data": {}, "seconds": 0.0, "row": {}} | read_json(folder / "state.json")
     for key, kind in KINDS.items():
         if not isinstance(state[key], kind):
             raise ValueError(f"{key} in state.json is {state[key]!r:.40}")
@@ -130,6 +135,7 @@ def read_state(folder):
     state.setdefault("precision", state["config"].get("precision", "float32"))
     right = state["step"] == int(folder.name[11:]) and set(state["files"]) == set(PARTS)
     known = 0 <= state["seconds"] < 1e12 and state["precision"] in ("float32", "bfloat16")
+    known = known and all(type(one) in (int, float) for one in state["row"].values())
     if not (right and known):
         raise ValueError("its state.json is of another checkpoint")
     return state
@@ -180,8 +186,45 @@ def refuse_used_folder(out):
     if checkpoints(out) or (out / "metrics.json").exists():
         remedy = "go on with it by --resume, or choose another folder"
         raise InputError(out, "already holds a run", remedy)
+    for name in ("model.safetensors", "config.json", "curves.png", "skipped.txt"):
+        if (out / name).exists():
+            raise InputError(out / name, "would be overwritten", "choose another folder")
 
+# %% ../../nbs/research/checkpoints.ipynb #4ac225e1
+@contextmanager
+def alone_in(out):
+    "Keep other trainings out of a folder, made if missing. InputError says who is in it."
+    if world().rank > 0:
+        yield
+        return
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = out / ".holder"
+        who = holder.read_text(errors="replace") if holder.is_file() else "another process"
+        remedy = "wait for it, or choose another folder"
+        raise InputError(out, f"is being written by {who}", remedy) from None
+    except OSError as error:
+        problem = f"cannot be made or written ({error.strerror})"
+        raise InputError(out, problem, "choose a folder you may write") from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        (out / ".holder").write_text(holder)
+        yield
+    finally:
+        for name in (".holder", ".lock"):
+            with suppress(OSError):
+                (out / name).unlink()
+        lock.release()
+        if made:
+            with suppress(OSError):
+                out.rmdir()  # unless something was written
 
+# %% ../../nbs/research/checkpoints.ipynb #dab9f957
 def refuse_different_folders(checkpoint, out):
     "Each machine looks into a folder of its own, if they share none."
     steps = row_counts(checkpoint[0]["step"] if checkpoint else 0, default_device())
@@ -197,7 +240,8 @@ def refuse_different_folders(checkpoint, out):
 def refuse_other_run(state, config, data, out):
     "A run goes on only with the config and the data that it began with."
     here = config.to_dict() | data
-    there = state["config"] | state["data"]
+    # older checkpoints did not look into the files
+    there = {"contents": here.get("contents")} | state["config"] | state["data"]
     if config.precision in ("auto", state["precision"]):
         there["precision"] = config.precision  # as good as the same
     differs = [
@@ -223,20 +267,31 @@ COLUMNS = [
 def open_log(path, step):  # log.csv, steps done by the checkpoint one goes on from
     "log.csv ready for appending, without lines that will be written again or were cut short."
 
-    def keep(line):
-        whole = line.endswith("\n") and line.count(",") == len(COLUMNS) - 1
-        return whole and int(line.split(",")[0]) <= step
-
-    lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    lines = [line for line in logged(path) if int(line.split(",")[0]) <= step]
     with atomic_write(path, "w") as file:
-        file.writelines([",".join(COLUMNS) + "\n", *filter(keep, lines)])
+        file.writelines([",".join(COLUMNS) + "\n", *lines])
     return open(path, "a", buffering=1)  # a line at a time
+
+
+def logged(path):
+    "The lines of a log that are whole, without its head; what a disk or an editor spoilt is not."
+    if not path.is_file():
+        return []
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    numbers = r"\d{1,18}(,[-+.\dena]*){%d}" % (len(COLUMNS) - 1)
+    return [line + "\n" for line in lines if re.fullmatch(numbers, line)]
+
+
+def row_to_write(path, state):  # log.csv, from latest_checkpoint
+    "The line that a run was killed before writing, {} where it is there."
+    last = [int(line.split(",")[0]) for line in logged(path)]
+    return {} if state["step"] in last else state["row"]
 
 
 def as_line(row):  # {column: number}
     return ",".join(f"{row[name]:.7g}" if name in row else "" for name in COLUMNS) + "\n"
 
-
+# %% ../../nbs/research/checkpoints.ipynb #7e4e5872
 def validation_row(metrics):  # from retrieval.evaluate
     "What of a validation goes into the log, in percent; without _back: speech to image."
     row = {f"swap_{stage}": value for stage, value in (metrics["swap"] or {}).items()}
