@@ -181,13 +181,18 @@ class LightSpeechTower(nn.Module):
     ):
         "Encoded(tokens (B, 1+T, w), mask (B, 1+T)); what lies behind a length changes nothing."
         mask = frame_mask(lengths, features)  # (B, T)
-        x = self.norm_frames(clean(features, mask))  # (B, T, F)
+        x = self.even(features, mask)  # (B, T, F)
         for convolution in self.convolutions:
             x = rearrange(clean(x, mask), "b t f -> b f t")  # padding is silenced each time
             x = F.gelu(rearrange(convolution(x), "b w t -> b t w"))
+            mask = mask[:, :: convolution.stride[0]]
         x = self.norm_words(x)
         codes = position_codes(x.shape[1], self.width).to(x)  # (T, w)
         return self.reader(x + self.norm_order(self.order(x, mask)), codes, mask)
+
+    def even(self, features, mask):
+        "A method only so that `knowing` can replace it."
+        return self.norm_frames(clean(features, mask))
 
 # %% ../../nbs/research/light.ipynb #3c4ea218
 class LightImageTower(nn.Module):

@@ -20,11 +20,7 @@ from ..core import InputError, atomic_write, data_dir, read_json, write_json
 from .lite import class_vectors, pooled
 
 # %% ../../nbs/research/words.ipynb #595adc62
-def group_means(
-    rows,  # (n, d)
-    groups,  # (n,) int64, 0 .. count - 1
-    count,  # W
-):
+def group_means(rows, groups, count):  # (n, d), (n,) int64 in 0 .. W - 1, W
     "(W, d): the mean of each group's rows; zeros for a group that has none."
     sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, groups, rows)
     sizes = torch.bincount(groups, minlength=count)
@@ -148,16 +144,16 @@ def empty_words(count):
     "Words of which nothing is known yet, to be filled from a file."
     shapes = {"usual": (384,), "whitener": (384, 384), "spoken": (count, 384)}
     shapes |= {"plain": (1280,), "basis": (1280, SPACE), "pictured": (count, SPACE)}
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    return Words([""] * count, Listen().state_dict(), **tensors)
+    zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return Words([""] * count, Listen().state_dict(), **zeros)
 
 
 def read_names(folder):
     "The words of a folder's words.json, a list of texts. Raises InputError."
-    names = read_json(folder / "words.json")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(folder / "words.json", "is no list of texts", "copy it again")
-    return names
+    names, file = read_json(folder / "words.json"), folder / "words.json"
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    raise InputError(file, "is no list of texts", "copy it again")
 
 # %% ../../nbs/research/words.ipynb #805e112f
 SHARPNESS = 30.0  # how quickly a less similar word loses its share
