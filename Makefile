@@ -81,6 +81,7 @@ corpora: ## build data/*.zip again from the packages that data/README.md names
 	@$(PY) data/build_stamps.py
 	@$(PY) data/build_towers.py
 	@$(PY) data/build_things.py
+	@$(PY) data/build_words.py
 	@$(PY) data/describe.py --write
 
 clean: ## forget computed features, trainings and the site (.venv stays)
