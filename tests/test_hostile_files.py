@@ -25,6 +25,7 @@ from PIL import EpsImagePlugin, Image
 from test_core import complaint
 
 from speechimg import core
+from speechimg.cli import main
 from speechimg.core import Config, InputError, cache_dir, read_json, shown
 from speechimg.corpora import check_corpus, load_corpus, picture_folder
 from speechimg.course.project import build_folder
@@ -655,3 +656,18 @@ def test_a_zip_of_pythons_own_is_read(tmp_path):
             archive.writestr("empty.png", b"")
         store = Store(tmp_path / "a.zip")
         assert store.read("a.png") == PNG and store.read("empty.png") == b""
+
+
+def test_check_of_a_folder_says_what_it_did_not_look_at(tmp_path, capsys):
+    "Through the command: pictures of kinds that are not read are problems, other files are not."
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(image_bytes(draw(["red dot"]), name[2:].replace("jpg", "jpeg")))
+    (tmp_path / "notes.txt").write_text("nothing to see")
+    assert main(["check", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "every file that is a picture can be read" in told or ".txt" in told
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0 ftypheic")
+    (tmp_path / "old.psd").write_bytes(b"8BPS")
+    assert main(["check", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "1 .heic" in told and "1 .psd" in told and "unexpected" not in told

@@ -404,8 +404,9 @@ def gallery(store):
     return pictures, [str(fault) for fault in faults], +others
 
 
-def counted(others):  # a Counter
-    return ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(20))
+def counted(others):  # {kind: how many}
+    often = Counter(others).most_common(20)
+    return ", ".join(f"{count:,} {kind}" for kind, count in often)
 
 # %% ../../nbs/research/store.ipynb #9605b236
 def typed(entry, key, kind, where, default=...):
