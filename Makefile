@@ -16,7 +16,7 @@ help: ## this list
 demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (about ten minutes)
 	@$(PY) tools/demo.py
 
-test: dev ## everything: gates, notebooks, tests (about half an hour on two cores)
+test: dev ## everything: gates, notebooks, tests (about twenty minutes on two cores)
 	@$(PY) tools/gates.py
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
 	@$(PYTEST)

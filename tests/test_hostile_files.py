@@ -661,7 +661,9 @@ def test_a_zip_of_pythons_own_is_read(tmp_path):
 def test_check_of_a_folder_says_what_it_did_not_look_at(tmp_path, capsys):
     "Through the command: pictures of kinds that are not read are problems, other files are not."
     for name in ("a.jpg", "b.png"):
-        (tmp_path / name).write_bytes(image_bytes(draw(["red dot"]), name[2:].replace("jpg", "jpeg")))
+        (tmp_path / name).write_bytes(
+            image_bytes(draw(["red dot"]), name[2:].replace("jpg", "jpeg"))
+        )
     (tmp_path / "notes.txt").write_text("nothing to see")
     assert main(["check", str(tmp_path)]) == 0
     told = capsys.readouterr().out
