@@ -77,6 +77,7 @@ def ours(model, corpus, direction, rerank):
 @pytest.mark.parametrize(
     "score_mode, rerank", [("sim", 0), ("sim", 7), ("sum", 7), ("logits", 7), ("sim", 100)]
 )
+@pytest.mark.slow
 def test_their_figures_are_ours(corpus, direction, score_mode, rerank):
     model = make(score_mode)
     expected = ours(model, corpus, direction, rerank)

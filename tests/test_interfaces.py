@@ -403,6 +403,7 @@ def miniature(tmp_path_factory):
 
 @pytest.mark.parametrize("towers", ["light", "small"])
 @pytest.mark.parametrize("batch_size", [64, 1])
+@pytest.mark.slow
 def test_vectors_from_files_equal_those_of_retrieval(miniature, towers, batch_size):
     "Paths, arrays, tensors and pictures; in batches of any size; in the order given."
     model, corpus = make(towers).train(), load_corpus(miniature, "val")

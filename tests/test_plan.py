@@ -209,6 +209,7 @@ def test_a_count_that_leaves_something_out_is_noticed(leave_out, deep, monkeypat
 
 
 @pytest.mark.parametrize("name", ["tokens", *slowly("learning")])
+@pytest.mark.slow
 def test_without_numbers_it_counts_the_same(name, monkeypatch):
     "Nor does it matter what the model was used for before."
     config = Config(**CONFIGS[name])
@@ -241,6 +242,7 @@ def test_torch_is_left_as_it_was():
 # the figures
 
 
+@pytest.mark.slow
 def test_parts_by_hand():
     planned = plan(Config(**CONFIGS["tokens"]))
     parts, trained = planned["bytes"], planned["parameters"]["trained"]
@@ -279,6 +281,7 @@ def test_steps_epochs_and_hours():
         assert half["accumulate_needed"] == -(-60 // min(60, half["largest_micro_batch"]))
 
 
+@pytest.mark.slow
 def test_longer_recordings_and_more_learning_cost_more():
     short, long = (plan(Config(**SMALL | {"max_seconds": seconds})) for seconds in (2.0, 8.0))
     assert long["per_pair"] > 2 * short["per_pair"]

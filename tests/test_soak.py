@@ -105,6 +105,7 @@ CAREFUL = FORGETFUL.replace(
 
 
 @pytest.mark.parametrize("program, right", [(CAREFUL, True), (FORGETFUL, False)])
+@pytest.mark.slow
 def test_kills_find_a_program_that_does_things_twice(program, right, tmp_path):
     found = soak.kills(
         "toy",
@@ -127,6 +128,7 @@ time.sleep(0.6)
 """
 
 
+@pytest.mark.slow
 def test_kills_after_the_work_do_not_count(tmp_path):
     "A program that is idle for most of its life: kills come too late, and are not counted."
     found = soak.kills(
@@ -160,6 +162,7 @@ for number in range(12):
 """
 
 
+@pytest.mark.slow
 def test_every_third_kill_waits_for_a_file_that_is_being_written(tmp_path):
     found = soak.kills(
         "toy",
@@ -315,6 +318,7 @@ def check_passed_over(run, what, latest=latest_checkpoint):
 
 
 @pytest.mark.parametrize("what", list(soak_files.checkpoint_cases()))
+@pytest.mark.slow
 def test_hostile_checkpoints(what, run):
     check_passed_over(run, what)
 

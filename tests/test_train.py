@@ -275,6 +275,7 @@ def check_resume(workshop, out):
     assert result(out) == result(workshop.whole)
 
 
+@pytest.mark.slow
 def test_resume(workshop, tmp_path):
     check_resume(workshop, tmp_path)
 
@@ -749,6 +750,7 @@ def test_without_validation_and_with_a_long_queue(tmp_path, fresh_cache, curves)
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_small_towers_train(settings, workshop, tmp_path):
     "The real small towers take a few steps, batch norm included, and resume to the same bits."
     small = {"towers": "small", "steps": 4, "checkpoint_every": 2, "evaluate_every": 4} | settings

@@ -73,6 +73,7 @@ with alone_in(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_folder_free(tmp_path, root):
     out, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(root)}
     with subprocess.Popen(
