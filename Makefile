@@ -22,8 +22,9 @@ test: dev ## everything: gates, notebooks, tests (about twenty minutes on two co
 	@$(PYTEST)
 
 check: dev ## the quick part of `make test` (about three minutes on two free cores: 250 processor seconds)
-	@$(PY) tools/gates.py
-	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining
+	@$(PY) tools/gates.py & gates=$$!; \
+	OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining --workers 1; notebooks=$$?; \
+	wait $$gates && exit $$notebooks
 	@$(PYTEST) -m "not slow"
 
 soak: dev ## kills, a full disk, hostile and mutated files: reliability in figures, to data/soak.json (under 30 minutes)

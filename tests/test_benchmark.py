@@ -108,6 +108,7 @@ def test_the_reference_model_has_the_same_figures_everywhere(name):
     assert found["coarse"] != found["fine"]
 
 
+@pytest.mark.slow
 def test_mistakes_show(corpus, monkeypatch):
     "Mutants: another depth or mode, a ranking upside down, names in another order, recall."
     model = make()

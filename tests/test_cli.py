@@ -572,6 +572,7 @@ def pictures():
     }
 
 
+@pytest.mark.slow
 def test_search_among_every_kind_of_picture(command, place, tmp_path):
     folder = write_files(
         tmp_path / "zoo", {name: content for name, (content, _) in pictures().items()}
@@ -896,6 +897,7 @@ def test_plan_says_what_a_training_needs(command, place, tmp_path):
     refused(command("plan", "--config", "nowhere"), "nowhere", "cannot be read")
 
 
+@pytest.mark.slow
 def test_a_config_has_a_name_or_a_path(command, place, tmp_path):
     (place / "configs").mkdir(exist_ok=True)
     (place / "configs" / "mine.json").write_text(

@@ -125,6 +125,7 @@ def slowly(*names):
 @pytest.mark.parametrize(
     "name", ["small", "light", *slowly(*sorted({*CONFIGS} - {"small", "light"}))]
 )
+@pytest.mark.slow
 def test_the_plan_is_what_a_run_takes(name):
     planned, taken = plan(Config(**CONFIGS[name])), measured(name)
     assert foreseen(planned) == pytest.approx(taken["bytes"], rel=0.1)

@@ -446,6 +446,7 @@ def check_repaired(make_cache, folder, what):
 
 
 @pytest.mark.parametrize("what", list(soak.damage(None, None)))
+@pytest.mark.slow
 def test_a_damaged_cache_is_repaired(what, tmp_path):
     check_repaired(FeatureCache, tmp_path, what)
 
