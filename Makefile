@@ -21,7 +21,7 @@ test: dev ## everything: gates, notebooks, tests (about twenty minutes on two co
 	@OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test
 	@$(PYTEST)
 
-check: dev ## the quick part of `make test` (about three minutes on two free cores: 250 processor seconds)
+check: dev ## the quick part of `make test` (three minutes on two free cores: 330 processor seconds)
 	@$(PY) tools/gates.py & gates=$$!; \
 	OMP_NUM_THREADS=1 $(PY) tools/notebooks.py test 06_sic 08_mining --workers 1; notebooks=$$?; \
 	wait $$gates && exit $$notebooks
