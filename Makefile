@@ -13,7 +13,7 @@ help: ## this list
 	@echo "speechimg: find the right picture from a spoken description"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (about ten minutes)
+demo: install ## evaluate the trained model, answer human recordings with pictures, watch a small model learn (about five minutes)
 	@$(PY) tools/demo.py
 
 test: dev ## everything: gates, notebooks, tests (about twenty minutes on two cores)
