@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from speechimg.corpora import load_corpus
 from speechimg.towers.lite import LiteImage, class_words, pooled, word_vectors
 from speechimg.towers.whisper import WhisperSpeech
+from speechimg.towers.words import SHARPNESS, whitening
 
 TAUGHT = ("en-us+m3", "en-gb+f2", "en-us+f5", "en-gb-scotland+m1")  # of espeak-ng
 ASKED = ("rms", "awb")  # of flite
-SHRINKAGE, SHARPNESS = 0.3, 30.0
 
 
 def spoken(word, voice):
@@ -47,15 +47,6 @@ def heard(words, voices, ears):
     clips = [spoken(word, voice) for voice in voices for word in words]
     means = [frames.astype(np.float32).mean(0) for frames in ears.many(clips)]
     return torch.tensor(np.stack(means)).unflatten(0, (len(voices), len(words)))
-
-
-def whitener(scatter):  # (n, d) deviations from a word's mean
-    "(d, d) after which recordings of one word differ alike in all directions."
-    covariance = scatter.T @ scatter / len(scatter)
-    size = len(covariance)
-    even = covariance.trace() / size * torch.eye(size)
-    values, vectors = torch.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * even)
-    return vectors @ torch.diag(values.rsqrt()) @ vectors.T
 
 
 def recall(scores, right):  # (q, n), (q, n) bool
@@ -88,7 +79,7 @@ def main():
     print("the written word -> picture", recall(vectors[: len(nouns)] @ summary.T, right))
     for name, space in (
         ("plain", torch.eye(384)),
-        ("whitened", whitener((taught - means).flatten(0, 1))),
+        ("whitened", whitening((taught - means).flatten(0, 1))),
     ):
         centroids = F.normalize((means - usual) @ space, dim=1)  # (w, 384)
         likeness = F.normalize((asked - usual) @ space, dim=1) @ centroids.T  # (q, w)

@@ -19,9 +19,11 @@ import zlib
 import numpy as np
 import pytest
 import soundfile
+import test_bad_input
 import torch
 from miniature import draw, image_bytes, make_files, speak, wav_bytes, write_files
 from PIL import EpsImagePlugin, Image
+from test_bad_input import Frames
 from test_core import complaint
 
 from speechimg import core
@@ -505,19 +507,7 @@ def test_tables_that_cannot_be_used(name, tmp_path):
 # The cache
 
 
-class Frames:
-    params = "frames 1"
-
-    def __call__(self, wave):
-        return wave[: len(wave) // 160 * 160].view(-1, 160).numpy().astype(np.float16)
-
-
-class Tiny:
-    params = "tiny 1"
-
-    def __call__(self, image):
-        return np.asarray(image.resize((8, 8)))
-
+class Tiny(test_bad_input.Tiny):
     def many(self, images):
         return [self(image) for image in images]
 
