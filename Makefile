@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 # two processes take a file after the other, the longest first, as tests/conftest.py lists them
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # computed features stay inside the clone, shared by the demo, the tests and the notebooks; SPEECHIMG_CACHE moves them
 SPEECHIMG_CACHE ?= $(CURDIR)/.cache
 export SPEECHIMG_CACHE

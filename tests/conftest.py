@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +33,11 @@ def pytest_configure(config):
     import torch
 
     torch.set_num_threads(1)
+    # torch.compile keeps code for any user of the machine, and does not note for which
+    # instructions: vectors of eight, read back where sixteen fit, write beyond their ends.
+    compiled = tempfile.TemporaryDirectory(prefix="speechimg-compiled-")  # not ROOT: no spaces
+    config.add_cleanup(compiled.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
 
 
 # With two processes that each take a file after the other, the last should be short ones.
