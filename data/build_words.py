@@ -1,6 +1,6 @@
 """Make the words that frozen towers know before any training, and the pictures that nobody took.
 
-    python data/build_words.py    # words.json, words.safetensors, class-patches.safetensors
+    python data/build_words.py    # words.json, words.*, class-patches.safetensors, even-*.safetensors
 
 The words are those of `things`, their sounds its training recordings, and sentences around every
 word that are made here by the same voices and thrown away again (espeak-ng and flite; about a
@@ -289,7 +289,14 @@ def look_at(names):
     drawn = [summaries[[word == name for word in shown]] for name in names]
     eyes = fit_eyes([kinds.get(name, []) for name in names], drawn, plain)
     usual, spread = patches.flatten(0, 1).mean(0), patches.flatten(0, 1).std(0)
+    save_even("image", usual, spread)
     return (plain, *eyes), imagined_patches(class_vectors(), plain, usual, spread)
+
+
+def save_even(side, usual, spread):
+    "What the readers of the light towers take each number from, and divide it by."
+    with atomic_write(HERE / "towers" / f"even-{side}.safetensors") as file:
+        file.write(save({"usual": usual.float(), "spread": spread.float()}))
 
 
 def main():
@@ -302,6 +309,7 @@ def main():
     names = sorted({word for word, *_ in spoken})
     sentences = sentences_around(names, options.each)
     listen, *ears = fit(names, spoken, sentences, options.turns, options.steps)
+    save_even("speech", listen.centre, listen.spread)
     eyes, imagined = look_at(names)
     words = Words(names, listen.state_dict(), *ears, *eyes)
     save_words(words, HERE / "towers")

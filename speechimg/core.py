@@ -140,8 +140,8 @@ class ModelSettings:
 
     towers: str = setting(
         "light",
-        "frozen and pretrained, the same with words, from scratch, or the paper's",
-        choices=("light", "knowing", "small", "paper"),
+        "frozen and pretrained, from scratch, or the paper's",
+        choices=("light", "small", "paper"),
     )
     width: int = setting(128, "size of a token", low=1, high=2**16)
     dim: int = setting(128, "size of an embedding (ALBEF's: 256)", low=1, high=2**16)
@@ -152,7 +152,7 @@ class ModelSettings:
     )
     heads: int = setting(4, "attention heads; divides width", low=1)
 
-    words: int = further(0, "knowing towers: words known beforehand", low=0, high=10**6)
+    words: int = further(0, "light towers: words known beforehand", low=0, high=10**6)
     dropout: float = further(0.0, "share of activations dropped in training", low=0, high=0.9)
     max_seconds: float = further(20.0, "longer recordings are cut", low=0.1, high=3600)
     speech_model: str = further("hubert_base", "paper towers: which HuBERT", choices=SPEECH_MODELS)
@@ -288,9 +288,9 @@ def refuse_contradictions(config):
         f"does not divide width {width}",
         "make width a multiple of heads",
     )
-    able = not config.words or (config.towers == "knowing" and config.dim > 256)
+    able = not config.words or (config.towers == "light" and config.dim > 256)
     remedy = "set words to 0, or towers and dim"
-    demand(able, "words", "asks for knowing towers and a dim above 256", remedy)
+    demand(able, "words", "asks for light towers and a dim above 256", remedy)
     demand(
         config.temperature_min <= config.temperature <= config.temperature_max,
         "temperature",

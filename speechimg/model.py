@@ -25,8 +25,7 @@ from .run.hub import HubModel
 from .sim import MultimodalEncoder
 from .speech import SpeechTower
 from .towers.blip2 import paper_towers
-from .towers.knowing import KnowingImageTower, KnowingSpeechTower, with_known
-from .towers.light import LightImageTower, LightSpeechTower
+from .towers.light import LightImageTower, LightSpeechTower, with_known
 
 # %% ../nbs/research/model.ipynb #a8252176
 def build_towers(
@@ -35,10 +34,7 @@ def build_towers(
 ):
     "The (speech tower, image tower) that a config asks for."
     if config.towers == "light":
-        return LightSpeechTower(config), LightImageTower(config)
-    if config.towers == "knowing":
-        given = {"weights": weights}
-        return KnowingSpeechTower(config, **given), KnowingImageTower(config, **given)
+        return LightSpeechTower(config, weights=weights), LightImageTower(config, weights=weights)
     if config.towers == "paper":
         return paper_towers(config, weights)
     return SpeechTower(config), ImageTower(config)

@@ -22,7 +22,8 @@ from speechimg.data import Batch
 from speechimg.model import SpeechImageModel
 from speechimg.run.distributed import AllRows, Share, average, processes, world
 from speechimg.run.queue_negatives import QueueAlignment
-from speechimg.towers.light import LightImage, LightImageTower, LightSpeechTower
+from speechimg.towers.light import LightImageTower, LightSpeechTower
+from speechimg.towers.lite import LiteImage
 from speechimg.train import average_of, generator_for, make_optimizer, share, train_step
 
 TINY = {
@@ -52,7 +53,7 @@ def pairs(step):
     lengths = torch.randint(4, 11, (7,), generator=generator)
     lengths[-1] = 12  # the longest one is in the last process's part
     return (
-        torch.randn(7, 12, 96, generator=generator),
+        torch.randn(7, 12, 384, generator=generator),
         lengths,
         torch.randn(7, 4, 320, generator=generator),
         torch.tensor([3, 1, 4, 1, 5, 9, 3]) + 10 * step,
@@ -124,7 +125,7 @@ MISTAKES = {
 def start(config):
     "(Alignment, what is called for a step, optimiser); the processes start differently on purpose."
     seed_everything(0)
-    front = SimpleNamespace(size=64, feature_dim=LightImage.feature_dim)
+    front = SimpleNamespace(size=64, feature_dim=LiteImage.feature_dim)
     model = SpeechImageModel(config, LightSpeechTower(config), LightImageTower(config, front))
     alignment = QueueAlignment(model, 14, 5) if config.token_slots else Alignment(model)
     alignment.train()

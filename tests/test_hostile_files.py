@@ -539,7 +539,7 @@ def test_a_full_or_closed_cache_costs_no_file(fault, tmp_path, monkeypatch):
 def test_a_front_end_that_fails_is_no_fault_of_a_file(tmp_path):
     class Broken(Tiny):
         def __call__(self, image):
-            raise InputError("onnxruntime", "is not installed", "pip install onnxruntime")
+            raise InputError("soxr", "is not installed", "pip install soxr")
 
         many = None
 

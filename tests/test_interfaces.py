@@ -48,7 +48,11 @@ def test_round_trip_gives_the_same_bits_and_the_same_story(tmp_path):
     second = SpeechImageModel.from_pretrained(tmp_path / "one")
     second.save_pretrained(tmp_path / "two")
     third = SpeechImageModel.from_pretrained(tmp_path / "two")
-    frames, lengths, grids = torch.randn(3, 9, 96), torch.tensor([9, 4, 1]), torch.randn(3, 36, 320)
+    frames, lengths, grids = (
+        torch.randn(3, 9, 384),
+        torch.tensor([9, 4, 1]),
+        torch.randn(3, 25, 320),
+    )
     with torch.inference_mode():
         outputs = [
             (model.encode_speech(frames, lengths), model.encode_image(grids))
@@ -430,7 +434,7 @@ def test_vectors_from_files_equal_those_of_retrieval(miniature, towers, batch_si
             np.abs(
                 model.embed_images(given, batch_size, progress=False) - reference.image.numpy()
             ).max()
-            < 1e-5
+            < 5e-4
         )
     assert model.training and all(part.training for part in model.modules())
 

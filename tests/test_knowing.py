@@ -20,10 +20,10 @@ from speechimg.data import Batch, Features
 from speechimg.files.cache import FeatureCache
 from speechimg.files.mixture import Mixture, corpus_or_mixture, side_by_side, with_words
 from speechimg.model import SpeechImageModel
-from speechimg.towers import knowing, lite
-from speechimg.towers.knowing import (
-    KnowingImageTower,
-    KnowingSpeechTower,
+from speechimg.towers import light, lite
+from speechimg.towers.light import (
+    LightImageTower,
+    LightSpeechTower,
     beside,
 )
 from speechimg.towers.lite import LiteImage, class_patches, class_vectors, pooled
@@ -68,8 +68,8 @@ def one_frame(x):  # (n, 384)
 
 @pytest.fixture
 def seven(monkeypatch):
-    monkeypatch.setattr(knowing, "load_words", toy_words)
-    return Config(towers="knowing", width=16, heads=2, dim=SPACE + 16, words=7, fusion_depth=1)
+    monkeypatch.setattr(light, "load_words", toy_words)
+    return Config(towers="light", width=16, heads=2, dim=SPACE + 16, words=7, fusion_depth=1)
 
 
 # Words
@@ -301,16 +301,16 @@ def test_likeness_beside_is_shared_out():
 
 @pytest.mark.parametrize("count", [0, 7])
 def test_speech_tower(count, monkeypatch):
-    monkeypatch.setattr(knowing, "load_words", toy_words)
-    more = {"towers": "knowing", "words": count, "dim": 300}
-    tower = tower_checks.make(KnowingSpeechTower, **more)
+    monkeypatch.setattr(light, "load_words", toy_words)
+    more = {"towers": "light", "words": count, "dim": 300}
+    tower = tower_checks.make(LightSpeechTower, **more)
     check_padding(tower, tokens_of=lambda length: -(-length // 2))
-    check_order(tower_checks.make(KnowingSpeechTower), FRAMES[:1], FRAMES[:1].flip(1))
+    check_order(tower_checks.make(LightSpeechTower), FRAMES[:1], FRAMES[:1].flip(1))
     assert tower.known_dim == (SPACE if count else 0)
 
 
 def test_towers_learn_and_copy():
-    for kind, given in ((KnowingSpeechTower, (FRAMES, None)), (KnowingImageTower, (PATCHES, None))):
+    for kind, given in ((LightSpeechTower, (FRAMES, None)), (LightImageTower, (PATCHES, None))):
         check_gradients(tower_checks.make(kind), *given)
         check_copy(tower_checks.make(kind), *given)
 
@@ -372,12 +372,12 @@ def test_a_step_and_a_journey(seven, tmp_path):
 
 
 def test_settings_that_cannot_be():
-    for wrong in ({"words": 7}, {"towers": "knowing", "words": 7, "dim": SPACE}):
+    for wrong in ({"words": 7}, {"towers": "light", "words": 7, "dim": SPACE}):
         with pytest.raises(InputError, match="words"):
             Config(**wrong)
     with pytest.raises(InputError, match="number of words that ship"):
-        KnowingSpeechTower(Config(towers="knowing", words=3, dim=300))
-    empty = KnowingImageTower(Config(towers="knowing", words=3, dim=300), weights=False)
+        LightSpeechTower(Config(towers="light", words=3, dim=300))
+    empty = LightImageTower(Config(towers="light", words=3, dim=300), weights=False)
     assert empty.known.things.basis.shape == (1280, SPACE) and empty_words(3).spoken.shape[0] == 3
 
 

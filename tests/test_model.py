@@ -582,7 +582,7 @@ def test_size_of_the_reference_shape(tmp_path):
 def test_every_size_of_tower_takes_a_step():
     "light and small, from features of their own shapes, deep copied for the teacher."
     for towers, speech, image in (
-        ("light", (3, 20, 96), (3, 36, 320)),
+        ("light", (3, 20, 384), (3, 25, 320)),
         ("small", (3, 60, 64), (3, 3, 96, 96)),
     ):
         config = Config(

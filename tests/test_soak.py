@@ -38,7 +38,7 @@ FORKED_SOAK = """
 import json
 import sys
 
-import onnxruntime, pandas, soak, speechimg.retrieval, speechimg.train, torch._dynamo
+import pandas, soak, speechimg.retrieval, speechimg.train, torch._dynamo
 from forked import Child
 from speechimg import cli
 

@@ -51,7 +51,7 @@ BOXES = {
     "distillation": Box(760, 60, 170, 66, "coarse", ("believe the teacher", "a little")),
     "mining": Box(515, 275, 160, 66, "fine", ("wrong pairs that", "nearly fool it")),
     "sim": Box(760, 165, 170, 76, "fine", ("fine: read both,", "answer yes or no")),
-    "alignment": Box(8, 355, 128, 56, "use", ("one whole step",), "model knowing distributed"),
+    "alignment": Box(8, 355, 128, 56, "use", ("one whole step",), "model distributed"),
     "retrieval": Box(
         146, 355, 128, 56, "use", ("rank and measure",), "mteb explore attention_view"
     ),

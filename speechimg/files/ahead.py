@@ -153,7 +153,7 @@ def load_pictures(reader, front_end):  # FileReader, a front end of pictures
         if picture.classes:  # nobody took it, but some towers can imagine it
             if not hasattr(front_end, "of_classes"):
                 problem = "has words with classes in place of pictures"
-                raise InputError(reader.corpus.root, problem, "take knowing towers, another split")
+                raise InputError(reader.corpus.root, problem, "take light towers, another split")
             reader.add(arrays, f"classes {picture.classes}", front_end.of_classes(picture.classes))
             places.append(place)
     return arrays, places
