@@ -428,7 +428,9 @@ def test_vectors_from_files_equal_those_of_retrieval(miniature, towers, batch_si
         (wave for wave in waves),
     ):
         found = model.embed_speech(given, batch_size, progress=False)
-        assert found.dtype == np.float32 and np.abs(found - reference.speech.numpy()).max() < 1e-5
+        # features rest in half precision, whose last bit follows the company
+        assert found.dtype == np.float32
+        assert np.abs(found - reference.speech.numpy()).max() < 5e-4
     for given in (pictures, [str(path) for path in pictures], images):
         assert (
             np.abs(
