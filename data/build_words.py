@@ -1,6 +1,6 @@
 """Make the words that frozen towers know before any training, and the pictures that nobody took.
 
-    python data/build_words.py    # words.json, words.*, class-patches.safetensors, even-*.safetensors
+    python data/build_words.py    # all that is in data/towers from words.* on
 
 The words are those of `things`, their sounds its training recordings, and sentences around every
 word that are made here by the same voices and thrown away again (espeak-ng and flite; about a

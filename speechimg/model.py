@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['build_towers', 'Embedded', 'DualEncoder', 'project', 'TwoTowers', 'read_wave', 'read_picture', 'read_file', 'judging',
-           'in_batches', 'embed_recordings', 'embed_pictures', 'embed_all', 'SpeechImageModel']
+           'in_batches', 'embed_recordings', 'embed_pictures', 'embed_all', 'SpeechImageModel', 'add_word']
 
 # %% ../nbs/research/model.ipynb #186beb71
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from .run.hub import HubModel
 from .sim import MultimodalEncoder
 from .speech import SpeechTower
 from .towers.blip2 import paper_towers
-from .towers.light import LightImageTower, LightSpeechTower, with_known
+from .towers.light import LightImageTower, LightSpeechTower, Vocabulary, with_known
 
 # %% ../nbs/research/model.ipynb #a8252176
 def build_towers(
@@ -244,7 +245,7 @@ def embed_all(
     return result
 
 # %% ../nbs/research/model.ipynb #4e362339
-class SpeechImageModel(TwoTowers, HubModel):
+class SpeechImageModel(TwoTowers, Vocabulary, HubModel):
     "TwoTowers that can be saved, loaded, compiled, and asked for the vectors of files."
 
     @classmethod
@@ -283,3 +284,10 @@ class SpeechImageModel(TwoTowers, HubModel):
             return self.image_tower.front_end(read_picture(one, name))
 
         return embed_all(self, "picture", pictures, read, embed_pictures, batch_size, progress)
+
+# %% ../nbs/research/model.ipynb #addword1
+def add_word(model, name, recordings, pictures):  # a text; paths or waves; paths or PIL pictures
+    "From now on the model knows one word more, from a few of both, untrained. Raises InputError."
+    waves = [read_wave(one, name, model.config.max_seconds) for one in recordings]
+    model.learn_word(name, waves, [read_picture(one, name) for one in pictures])
+    model.config = replace(model.config, words=len(model.words))

@@ -96,13 +96,14 @@ class Listener:
         wave = read_wave(wave, "the recording", 1e6)
         self.wave = wave[: int(self.max_seconds * SAMPLE_RATE)]
         if is_silent(self.wave):
-            self.hits = []
-            self.message = "Nothing was heard: the recording is silent. "
+            self.hits, self.message = [], "Nothing was heard: the recording is silent. "
             self.message += "Is the right microphone chosen and switched on?"
             return self.hits
         self.message = f"{len(self.wave) / SAMPLE_RATE:.1f} seconds were heard."
         if len(wave) > self.max_seconds * SAMPLE_RATE:
             self.message = f"Only the first {self.max_seconds:g} seconds were used."
+        told = self.model.told(self.wave)
+        self.message += f" It heard: {told}." if told else ""
         self.hits = search(self.model, self.wave, self.gallery, self.top, self.top)
         return self.hits
 

@@ -29,6 +29,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 
 from ..core import Config, InputError, atomic_write, read_json, write_json
+from ..towers.words import read_names
 
 # %% ../../nbs/research/hub.ipynb #d28d5999
 def memory_of_this_machine():
@@ -197,6 +198,8 @@ def save_files(model, folder):  # HubModel, Path
     with atomic_write(folder / "model.safetensors") as file:
         file.write(safetensors.torch.save(state))
     model.config.save(folder / "config.json")
+    if getattr(model, "words", None):  # texts, for people and for the next who loads it
+        write_json(folder / "words.json", model.words)
     if model.run is not None:
         write_json(folder / "metrics.json", model.run)
     card = folder / "README.md"
@@ -211,8 +214,9 @@ def fetch(model_id, **where):  # name on the hub
     except EntryNotFoundError:
         problem = "holds no model.safetensors; a pickled file could run code"
         raise InputError(model_id, problem, "save the model as safetensors") from None
-    with suppress(EntryNotFoundError):  # a model without a known past
-        hf_hub_download(model_id, "metrics.json", **where)
+    for more in ("metrics.json", "words.json"):  # a model may have no known past, and no words
+        with suppress(EntryNotFoundError):
+            hf_hub_download(model_id, more, **where)
     return folder
 
 
@@ -300,4 +304,6 @@ def load_model_files(cls, *, model_id, map_location="cpu", strict=True, config=N
     check_weights(file, config, build)
     model = cls._load_as_safetensor(build(), file, map_location, strict)
     model.run = read_run(folder / "metrics.json")
+    if getattr(model, "words", None):
+        model.words = read_names(folder)
     return model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['beside', 'KnowsWords', 'KnowsThings', 'with_known', 'words_for', 'Even', 'even_numbers', 'LightSpeechTower',
-           'LightImageTower']
+           'LightImageTower', 'Vocabulary']
 
 # %% ../../nbs/research/light.ipynb #05530718
 import torch
@@ -18,7 +18,15 @@ from ..image import grid_codes
 from ..speech import MaskedGRU, Reader, frame_mask, position_codes
 from .lite import LiteImage
 from .whisper import WhisperSpeech, load_tower
-from .words import SPACE, SeenThings, SpokenWords, empty_words, load_words
+from speechimg.towers.words import (
+    SPACE,
+    SeenThings,
+    SpokenWords,
+    empty_words,
+    heard,
+    in_words,
+    load_words,
+)
 
 # %% ../../nbs/research/light.ipynb #70d385e6
 def beside(known, learnt, share):  # (B, SPACE), (B, l) unit vectors; (B, 1) or a number in 0..1
@@ -163,3 +171,43 @@ class LightImageTower(nn.Module):
         "Encoded(tokens (B, 1+P, w), mask (B, 1+P) all True)."
         codes = grid_codes(self.rows, self.columns)  # (P, w)
         return self.reader(self.patches(features), codes)  # (B, P, w)
+
+# %% ../../nbs/research/light.ipynb #v0cabul1
+class Vocabulary:
+    "What a model of such towers (.speech_tower, .image_tower) says of its words."
+
+    @property
+    def words(self):
+        "Their texts; none for a model without. Setting them is for who loads it: InputError."
+        known = getattr(self.speech_tower, "known", None)
+        return [] if known is None else known.words.names
+
+    @words.setter
+    def words(self, names):
+        if len(names) != len(self.words):
+            problem = f"names {len(names)} words, the weights hold {len(self.words)}"
+            raise InputError("words.json", problem, "copy the model again")
+        self.speech_tower.known.words.names = list(names)
+
+    @torch.no_grad()
+    def heard(self, wave, top=5):  # (n,) at 16 kHz
+        "[(word, its share), ...], best first; [] when none is near, or none is known."
+        if not self.words:
+            return []
+        frames = torch.as_tensor(self.speech_tower.front_end(wave))  # (T, 384)
+        return heard(self.speech_tower.known.words, frames, top)
+
+    def told(self, wave):
+        "The same for people; nothing from a model without words."
+        return in_words(self.heard(wave)) if self.words else ""
+
+    @torch.no_grad()
+    def learn_word(self, name, waves, pictures):  # a text; n waves (t,); m PIL pictures
+        "Know one more, or that one anew. Raises InputError."
+        if not (self.words and waves and pictures):
+            remedy = "take a model that knows words, a recording and a picture"
+            raise InputError(name, "cannot be added", remedy)
+        clips = [torch.as_tensor(self.speech_tower.front_end(wave)) for wave in waves]
+        grids = [torch.as_tensor(self.image_tower.front_end(one)) for one in pictures]
+        looks = self.image_tower.known.things(torch.stack(grids)).mean(0)  # (SPACE,)
+        self.speech_tower.known.words.learn(name, clips, F.normalize(looks, dim=0))

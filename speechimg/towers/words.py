@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHRINKAGE', 'SPACE', 'CLASSES', 'SHARPNESS', 'NEAR', 'group_means', 'whitening', 'Listen', 'Words', 'fit_ears',
-           'fit_eyes', 'save_words', 'load_words', 'empty_words', 'read_names', 'SpokenWords', 'SeenThings', 'heard']
+           'fit_eyes', 'save_words', 'load_words', 'empty_words', 'read_names', 'SpokenWords', 'SeenThings', 'heard',
+           'in_words']
 
 # %% ../../nbs/research/words.ipynb #51ab214c
 from dataclasses import dataclass
@@ -170,10 +171,14 @@ class SpokenWords(nn.Module):
         for name in ("usual", "whitener", "spoken", "pictured"):
             self.register_buffer(name, getattr(words, name).half().contiguous())
 
-    def likeness(self, frames, mask):  # (B, T, 384), (B, T) bool
-        "(B, W): cosines to each word."
+    def whitened(self, frames, mask):  # (B, T, 384), (B, T) bool
+        "(B, 384), unit length: where recordings of one word lie together."
         means = self.listen(frames.float(), mask) - self.usual.float()
-        return F.normalize(means @ self.whitener.float(), dim=1) @ self.spoken.float().T
+        return F.normalize(means @ self.whitener.float(), dim=1)
+
+    def likeness(self, frames, mask):
+        "(B, W): cosines to each word."
+        return self.whitened(frames, mask) @ self.spoken.float().T
 
     def shares(self, frames, mask):
         "(B, W): how much each word was heard; rows sum to 1."
@@ -183,7 +188,17 @@ class SpokenWords(nn.Module):
         "(B, SPACE), unit length."
         return F.normalize(self.shares(frames, mask) @ self.pictured.float(), dim=1)
 
+    def learn(self, name, clips, look):  # text; n recordings (T, 384); (SPACE,) of its pictures
+        "One word more; one of the same name is replaced."
+        masks = [torch.ones(1, len(one), dtype=torch.bool) for one in clips]
+        each = [self.whitened(one[None], mask) for one, mask in zip(clips, masks)]
+        sound = F.normalize(torch.cat(each).mean(0), dim=0)  # (384,)
+        kept = [place for place, other in enumerate(self.names) if other != name]
+        self.names = [self.names[place] for place in kept] + [name]
+        self.spoken = torch.cat([self.spoken[kept], sound[None].half()])  # (W, 384)
+        self.pictured = torch.cat([self.pictured[kept], look[None].half()])  # (W, SPACE)
 
+# %% ../../nbs/research/words.ipynb #seenth01
 class SeenThings(nn.Module):
     "The patches of a picture -> where it lies in the space of words."
 
@@ -214,3 +229,9 @@ def heard(
     shares = spoken.shares(clip, mask)[0]
     best = shares.argsort(descending=True)[:top].tolist()
     return [(spoken.names[place], shares[place].item()) for place in best]
+
+
+def in_words(found):  # what heard returned
+    "The same for people."
+    named = [f"{word} ({100 * share:.0f} %)" for word, share in found]
+    return ", ".join(named) or "no word that this model knows"
