@@ -35,7 +35,7 @@ from speechimg.files.ahead import FileReader
 from speechimg.files.cache import FeatureCache
 from speechimg.files.decode import decode_audio, decode_image
 from speechimg.speech import frame_mask
-from speechimg.towers.lite import LiteImage, class_vectors, imagined_patches, pooled
+from speechimg.towers.lite import LiteImage, pooled
 from speechimg.towers.whisper import WhisperSpeech
 from speechimg.towers.words import (
     SHARPNESS,
@@ -281,7 +281,7 @@ def measure(words):
 
 
 def look_at(names):
-    "(plain, basis, pictured) of what the words look like, and the imagined patches of all classes."
+    "(plain, basis, pictured) of what the words look like."
     shown, patches = drawings("train")
     with torch.no_grad():
         summaries = torch.cat([pooled(some) for some in patches.split(64)])  # (n, 1280)
@@ -290,7 +290,7 @@ def look_at(names):
     eyes = fit_eyes([kinds.get(name, []) for name in names], drawn, plain)
     usual, spread = patches.flatten(0, 1).mean(0), patches.flatten(0, 1).std(0)
     save_even("image", usual, spread)
-    return (plain, *eyes), imagined_patches(class_vectors(), plain, usual, spread)
+    return plain, *eyes
 
 
 def save_even(side, usual, spread):
@@ -310,11 +310,8 @@ def main():
     sentences = sentences_around(names, options.each)
     listen, *ears = fit(names, spoken, sentences, options.turns, options.steps)
     save_even("speech", listen.centre, listen.spread)
-    eyes, imagined = look_at(names)
-    words = Words(names, listen.state_dict(), *ears, *eyes)
+    words = Words(names, listen.state_dict(), *ears, *look_at(names))
     save_words(words, HERE / "towers")
-    with atomic_write(HERE / "towers" / "class-patches.safetensors") as file:
-        file.write(save({"patches": imagined.half()}))
 
     facts = vars(options) | {"seed": SEED, "words": len(names), "recordings": len(spoken)}
     facts |= measure(words) | {"seconds": round(time.perf_counter() - start)}

@@ -18,7 +18,7 @@ from speechimg.core import Config, InputError
 from speechimg.corpora import load_corpus
 from speechimg.data import Batch, Features
 from speechimg.files.cache import FeatureCache
-from speechimg.files.mixture import Mixture, corpus_or_mixture, side_by_side, with_words
+from speechimg.files.mixture import Mixture, corpus_or_mixture, side_by_side
 from speechimg.model import SpeechImageModel
 from speechimg.towers import light, lite
 from speechimg.towers.light import (
@@ -26,7 +26,7 @@ from speechimg.towers.light import (
     LightSpeechTower,
     beside,
 )
-from speechimg.towers.lite import LiteImage, class_patches, class_vectors, pooled
+from speechimg.towers.lite import LiteImage, class_vectors, pooled
 from speechimg.towers.words import (
     SPACE,
     Listen,
@@ -176,35 +176,6 @@ def test_the_shipped_words_know_drawings_that_nobody_showed():
     assert first > 0.35, f"{first:.2f}"
 
 
-# Pictures that nobody took
-
-
-def test_imagined_pictures_are_summed_up_as_their_class():
-    plain = load_words().plain
-    imagined = torch.tensor(class_patches()).float()
-    summary = F.normalize(pooled(imagined[:, None]) - plain, dim=1)
-    likeness = (summary * class_vectors()).sum(1)
-    assert (
-        likeness.mean() > 0.5
-        and (summary @ class_vectors().T).argmax(1).eq(torch.arange(1000)).float().mean() > 0.95
-    )
-
-
-def test_several_classes_share_the_patches():
-    grid = LiteImage(96).of_classes([5, 8])
-    assert grid.shape == (9, 320) and grid.dtype == np.float16
-    assert np.array_equal(grid[::2], class_patches()[[5] * 5])
-    assert np.array_equal(grid[1::2], class_patches()[[8] * 4])
-
-
-def test_a_missing_file_of_patches_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(lite, "data_dir", lambda: tmp_path)
-    class_patches.cache_clear()
-    with pytest.raises(InputError, match="class-patches.safetensors"):
-        class_patches()
-    class_patches.cache_clear()
-
-
 # Several corpora as one
 
 
@@ -229,21 +200,6 @@ def test_corpora_side_by_side_keep_their_families_and_nothing_else():
     assert both.fingerprint() != side_by_side([things, scenes]).fingerprint()
 
 
-def test_words_with_classes_stand_beside_their_drawings():
-    train, more = load_corpus("things", "train"), load_corpus("things", "words")
-    joined = with_words(train, more)
-    extra = joined.captions[len(train.captions) + len(more.captions) :]
-    assert extra and all(one.uttid.endswith("-class") for one in extra)
-    for one in extra[::50]:
-        drawn = next(o for o in train.captions if f"{o.uttid}-class" == one.uttid)
-        assert joined.pictures[one.image].classes
-        assert joined.pictures[one.image].concepts == train.pictures[drawn.image].concepts
-        assert joined.pictures[one.image].id == train.pictures[drawn.image].id
-    classed = {one.id for one in more.pictures}
-    missed = [one for one in train.captions if train.pictures[one.image].id in classed]
-    assert len(missed) == len(extra)
-
-
 def test_names_of_mixtures(tmp_path):
     assert corpus_or_mixture("scenes") == "scenes"
     folder = tmp_path / "a+b"
@@ -256,20 +212,10 @@ def test_names_of_mixtures(tmp_path):
             Mixture(wrong)
 
 
-def test_features_of_words_are_imagined_or_refused(tmp_path):
-    more = load_corpus("things", "words")
-    rows = [row for row, one in enumerate(more.captions) if more.pictures[one.image].classes]
-    few = more.subset(rows[:3])
-
-    def ears(wave):
-        return np.zeros((2, 4), np.float16)
-
-    features = Features(few, ears, LiteImage(), FeatureCache(tmp_path), progress=False)
-    classes = few.pictures[features.pictures[features.image_of[0]]].classes
-    expected = LiteImage().of_classes(classes)
-    assert np.array_equal(features.image[features.image_of[0]], expected)
+def test_words_without_pictures_are_refused(tmp_path):
+    few = load_corpus("things", "words").subset(range(3))
     with pytest.raises(InputError, match="classes in place of pictures"):
-        Features(few, ears, lambda picture: np.zeros(3), FeatureCache(tmp_path), progress=False)
+        Features(few, len, len, FeatureCache(tmp_path), progress=False)
 
 
 # Towers

@@ -143,17 +143,9 @@ class FileReader:
 
 # %% ../../nbs/research/ahead.ipynb #imgn0002
 def load_pictures(reader, front_end):  # FileReader, a front end of pictures
-    "The Arrays of the pictures, then of the words that only classes show, and their places."
-    pictures = reader.corpus.pictures
-    shown = [place for place, picture in enumerate(pictures) if not picture.classes]
-    paths = [pictures[place].path for place in shown]
-    arrays, kept = reader.load(paths, front_end, "decode_image 2", decode_image)
-    places = [shown[row] for row in kept]
-    for place, picture in enumerate(pictures):
-        if picture.classes:  # nobody took it, but some towers can imagine it
-            if not hasattr(front_end, "of_classes"):
-                problem = "has words with classes in place of pictures"
-                raise InputError(reader.corpus.root, problem, "take light towers, another split")
-            reader.add(arrays, f"classes {picture.classes}", front_end.of_classes(picture.classes))
-            places.append(place)
-    return arrays, places
+    "(Arrays of the pictures, places of those that could be read). Raises InputError."
+    if any(picture.classes for picture in reader.corpus.pictures):
+        problem = "has words with classes in place of pictures"
+        raise InputError(reader.corpus.root, problem, "take another split")
+    paths = [picture.path for picture in reader.corpus.pictures]
+    return reader.load(paths, front_end, "decode_image 2", decode_image)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'Convolution', 'Inverted', 'Lite', 'load_lite', 'head_on', 'pooled', 'LiteImage', 'class_vectors', 'Kind',
-           'kinds', 'class_words', 'word_vectors', 'imagined_patches', 'class_patches']
+           'kinds', 'class_words', 'word_vectors']
 
 # %% ../../nbs/research/lite.ipynb #aad66d2f
 import json
@@ -15,8 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from ..core import InputError, data_dir
@@ -137,11 +135,6 @@ class LiteImage:
             seen.extend(load_lite()(pixels).numpy().astype(np.float16))
         return seen
 
-    def of_classes(self, classes):  # numbers of ImageNet's classes, at least one
-        "(P, 320) float16: a picture that nobody took, its patches shared out among the classes."
-        count = (self.size // 32) ** 2
-        return class_patches()[[classes[place % len(classes)] for place in range(count)]]
-
 # %% ../../nbs/research/lite.ipynb #70d8c033
 @cache
 def class_vectors():
@@ -190,33 +183,3 @@ def word_vectors(word):
     if places is None:
         raise InputError(word, "is not among the words of the classes", "see imagenet.json")
     return class_vectors()[places]
-
-# %% ../../nbs/research/lite.ipynb #imag0001
-def imagined_patches(
-    vectors,  # (n, 1280) unit length
-    plain,  # (1280,) mean summary of some pictures
-    usual,  # (320,) mean of their patches
-    spread,  # (320,) and deviation
-    steps=200,
-):
-    "(n, 320): one patch for each vector; a picture made of it is summed up as that vector."
-    away = torch.zeros(len(vectors), 320, requires_grad=True)  # in deviations
-    optimizer = torch.optim.Adam([away], lr=0.05)
-    for _ in range(steps):
-        summary = pooled((usual + spread * away)[:, None])  # (n, 1280)
-        likeness = (F.normalize(summary - plain, dim=1) * vectors).sum(1).mean()
-        optimizer.zero_grad()
-        (0.01 * away.square().mean() - likeness).backward()
-        optimizer.step()
-    return (usual + spread * away).detach()
-
-
-@cache
-def class_patches():
-    "(1000, 320) float16, as data/build_words.py found them. Raises InputError."
-    path = data_dir() / "towers" / "class-patches.safetensors"
-    try:
-        return load_file(path)["patches"].numpy()
-    except (SafetensorError, OSError, KeyError) as error:
-        problem = f"cannot be read ({str(error)[:100]})"
-        raise InputError(path, problem, "copy it from the project again") from None
