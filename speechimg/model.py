@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_towers', 'Embedded', 'DualEncoder', 'project', 'TwoTowers', 'read_wave', 'read_picture', 'read_file', 'judging',
-           'in_batches', 'embed_recordings', 'embed_pictures', 'embed_all', 'SpeechImageModel', 'add_word']
+           'in_batches', 'embed_recordings', 'embed_pictures', 'embed_all', 'SpeechImageModel', 'add_word', 'untrained']
 
 # %% ../nbs/research/model.ipynb #186beb71
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from .sim import MultimodalEncoder
 from .speech import SpeechTower
 from .towers.blip2 import paper_towers
 from .towers.light import LightImageTower, LightSpeechTower, Vocabulary, with_known
+from .towers.words import SPACE, load_words
 
 # %% ../nbs/research/model.ipynb #a8252176
 def build_towers(
@@ -291,3 +292,12 @@ def add_word(model, name, recordings, pictures):  # a text; paths or waves; path
     waves = [read_wave(one, name, model.config.max_seconds) for one in recordings]
     model.learn_word(name, waves, [read_picture(one, name) for one in pictures])
     model.config = replace(model.config, words=len(model.words))
+
+# %% ../nbs/research/model.ipynb #finder02
+def untrained():
+    "A model that trusts in nothing but what ears and eyes know; its fine stage changes nothing."
+    config = Config(words=len(load_words().names), dim=SPACE + 1, score_mode="sum")
+    model = SpeechImageModel(config)
+    nn.init.constant_(model.speech_tower.known.trust.bias, 100.0)
+    nn.init.zeros_(model.fusion.verdict.weight)
+    return model.eval()

@@ -23,7 +23,7 @@ from .corpora import Corpus, find, load_corpus, picture_folder, splits
 from .data import Features
 from .files.cache import FeatureCache
 from .files.decode import SAMPLE_RATE
-from .model import SpeechImageModel, embed_pictures, embed_recordings, judging
+from .model import SpeechImageModel, embed_pictures, embed_recordings, judging, untrained
 
 DIRECTIONS = ("speech_to_image", "image_to_speech")
 STAGES = ("coarse", "fine")
@@ -266,19 +266,20 @@ def evaluate(
 
 # %% ../nbs/12_retrieval.ipynb #dd7eb176
 def load_model(
-    name_or_path: str | Path,  # "reference" or "small", or a folder that train made
+    name_or_path: str | Path,  # "reference", "small", "untrained", or a folder that train made
 ) -> SpeechImageModel:
     "A SpeechImageModel on the default device, ready to judge. Raises InputError."
     folder = Path(name_or_path)
+    if str(folder) == "untrained" and not folder.is_dir():
+        return untrained().to(default_device())
     if not folder.is_dir():
         folder = data_dir() / "models" / str(name_or_path)
     if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
         raise InputError(
             name_or_path,
             "holds no model (config.json and model.safetensors)",
-            "give reference, small, or a folder that speechimg train made",
+            "give reference, small, untrained, or a folder that speechimg train made",
         )
-    Config.load(folder / "config.json")  # its errors name file, key and remedy
     return SpeechImageModel.from_pretrained(str(folder)).to(default_device()).eval()
 
 
