@@ -44,6 +44,7 @@ from speechimg.towers.words import (
     Words,
     fit_ears,
     fit_eyes,
+    gist,
     save_words,
 )
 
@@ -149,19 +150,19 @@ def sentences_around(words, each):
 # Recordings and drawings of things
 
 
-def features_of(split):
-    "(corpus, the word of each picture, FileReader) of a split of things."
-    corpus = load_corpus("things", split)
+def features_of(split, name="things"):
+    "(corpus, the word of each picture, FileReader) of a split."
+    corpus = load_corpus(name, split)
     words = [picture.concepts[0] for picture in corpus.pictures]
     return corpus, words, FileReader(corpus, FeatureCache(cache_dir()), 8e9, None)
 
 
-def recordings(split):
+def recordings(split, name="things"):
     "[(word, text, frames), ...] of a split."
-    corpus, words, reader = features_of(split)
-    name = "decode_audio 2 max_seconds=20.0"  # the key of the cache that a training uses
+    corpus, words, reader = features_of(split, name)
+    key = "decode_audio 2 max_seconds=20.0"  # the key of the cache that a training uses
     paths = [one.wav for one in corpus.captions]
-    frames, _ = reader.load(paths, WhisperSpeech(), name, lambda *a: decode_audio(*a, 20.0))
+    frames, _ = reader.load(paths, WhisperSpeech(), key, lambda *a: decode_audio(*a, 20.0))
     return [(words[one.image], one.text, each) for one, each in zip(corpus.captions, frames)]
 
 
@@ -251,6 +252,35 @@ def fit(names, spoken, sentences, turns, steps):
     return listen, *fitted
 
 
+def gists(listen, spoken):  # from recordings
+    "(n, 386)"
+    rows = []
+    for start in range(0, len(spoken), BATCH):
+        frames, lengths = padded([one[2] for one in spoken[start : start + BATCH]])
+        with torch.no_grad():
+            rows.append(gist(listen, frames, frame_mask(lengths, frames)))
+    return torch.cat(rows)
+
+
+def lone_or_not(listen):
+    "(387,): weights and bias of a logistic regression; things ask for one thing, scenes do not."
+    rows = [gists(listen, recordings("train", name)) for name in ("things", "scenes")]
+    x, usual, spread = torch.cat(rows), torch.cat(rows).mean(0), torch.cat(rows).std(0)
+    target = torch.cat([torch.ones(len(rows[0])), torch.zeros(len(rows[1]))])
+    even = torch.cat([torch.full((len(one),), 0.5 / len(one)) for one in rows])  # both count alike
+    torch.manual_seed(SEED)
+    line = nn.Linear(x.shape[1], 1)
+    optimizer = torch.optim.Adam(line.parameters(), 1e-2, weight_decay=1e-3)
+    for _ in range(400):
+        logits = line((x - usual) / spread)[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logits, target, even, reduction="sum")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights = line.weight[0].detach() / spread
+    return torch.cat([weights, line.bias.detach() - weights @ usual])
+
+
 # Figures on val
 
 
@@ -310,7 +340,7 @@ def main():
     sentences = sentences_around(names, options.each)
     listen, *ears = fit(names, spoken, sentences, options.turns, options.steps)
     save_even("speech", listen.centre, listen.spread)
-    words = Words(names, listen.state_dict(), *ears, *look_at(names))
+    words = Words(names, listen.state_dict(), *ears, *look_at(names), lone_or_not(listen))
     save_words(words, HERE / "towers")
 
     facts = vars(options) | {"seed": SEED, "words": len(names), "recordings": len(spoken)}

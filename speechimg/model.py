@@ -298,6 +298,6 @@ def untrained():
     "A model that trusts in nothing but what ears and eyes know; its fine stage changes nothing."
     config = Config(words=len(load_words().names), dim=SPACE + 1, score_mode="sum")
     model = SpeechImageModel(config)
-    nn.init.constant_(model.speech_tower.known.trust.bias, 100.0)
+    model.speech_tower.known.words.lone[-1] = 1e4
     nn.init.zeros_(model.fusion.verdict.weight)
     return model.eval()

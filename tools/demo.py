@@ -89,45 +89,43 @@ def evaluate_people(model) -> None:
             print(f"   {result[part]['queries']} recordings, {result['pictures']} pictures")
 
 
-def human_queries(stamps, count: int = 3) -> list[int]:
-    "English recordings of things that it was taught, drawn by the lot that README shows, too."
+def human_queries(stamps, count: int = 6) -> list[int]:
+    "English recordings, drawn by the lot that README shows, too."
     import torch
 
-    from speechimg.corpora import load_corpus
+    english = [row for row, caption in enumerate(stamps.captions) if caption.language == "en"]
+    order = torch.randperm(len(english), generator=torch.Generator().manual_seed(0))
+    return [english[place] for place in order[:count].tolist()]
 
-    known = {
-        noun for picture in load_corpus("scenes", "train").pictures for noun in picture.concepts
-    }
-    able = [
-        row
-        for row, caption in enumerate(stamps.captions)
-        if caption.language == "en" and known & set(stamps.pictures[caption.image].concepts)
-    ]
-    order = torch.randperm(len(able), generator=torch.Generator().manual_seed(0))
-    return [able[place] for place in order[:count].tolist()]
+
+def place_of(hits, path: str, stage: str = "rank") -> int:
+    "Where a picture came."
+    return next(getattr(hit, stage) for hit in hits if hit.path == path)
 
 
 def answer_people(model) -> Path:
-    "Part 3: three recordings, the first pictures for each, and a page to look at and listen to."
+    "Part 3: six recordings, the first pictures for each, and a page to look at and listen to."
     from speechimg.corpora import load_corpus
     from speechimg.look.page import Answer, write_page
-    from speechimg.retrieval import open_gallery, search
+    from speechimg.retrieval import load_model, open_gallery, search
 
-    stamps, gallery, answers = load_corpus("stamps", "all"), open_gallery(model, "stamps"), []
+    stamps, plain, answers = load_corpus("stamps", "all"), load_model("untrained"), []
+    gallery, plainly = open_gallery(model, "stamps"), open_gallery(plain, "stamps")
+    every = len(gallery[0].pictures)
+    print(f"   place of its picture among {every}:    no training   coarse   fine")
     for row in human_queries(stamps):
         caption, wave = stamps.captions[row], stamps.load_wave(row)
-        hits = search(model, wave, gallery, top=len(gallery[0].pictures))
-        place = next(hit.rank for hit in hits if hit.path == stamps.pictures[caption.image].path)
-        names = [
-            ", ".join(gallery[0].pictures[hit.picture].concepts) or Path(hit.path).stem
-            for hit in hits[:3]
-        ]
-        mark = paint("found first", "32") if place == 1 else f"found at place {place}"
-        print(f"   {paint(f'“{caption.text}”', '1')}  {mark} of {len(hits)}")
-        print(f"      it answers: {' | '.join(names)}")
+        path = stamps.pictures[caption.image].path
+        hits = search(model, wave, gallery, top=every)
+        before = place_of(search(plain, wave, plainly, top=every), path)
+        places = f"{before:14}{place_of(hits, path, 'before'):9}{place_of(hits, path):7}"
+        print(f"   {paint(f'“{caption.text}”'.ljust(34), '1')}{places}")
+        concepts = [gallery[0].pictures[hit.picture].concepts for hit in hits[:3]]
+        print(f"      it heard: {model.told(wave)}")
+        print(f"      it answers: {' | '.join(', '.join(one) or '?' for one in concepts)}")
         answers.append(Answer(f"“{caption.text}”", wave, gallery[0], hits[:10]))
     page = OUT / "answers.html"
-    write_page(page, answers, "Three people, and the pictures found")
+    write_page(page, answers, "Six people, and the pictures found")
     print(f"\n   {paint('Open this page to see and hear it:', '1')}  {page}")
     print(f"   {paint(page.resolve().as_uri(), '4;34')}")
     return page
@@ -206,7 +204,7 @@ PARTS = [  # title, explanation
         "People nobody has let it hear",
         "human recordings of the stamps in a drawing program, whose pictures it never saw either",
     ),
-    ("Three of those recordings, answered", "drawn by lot, among all stamps"),
+    ("Six of those recordings, answered", "drawn by lot, among all stamps"),
     (
         "A small model, from nothing",
         "frozen ears and eyes; all that reads them starts from random numbers",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHRINKAGE', 'SPACE', 'CLASSES', 'SHARPNESS', 'NEAR', 'group_means', 'whitening', 'Listen', 'Words', 'fit_ears',
-           'fit_eyes', 'save_words', 'load_words', 'empty_words', 'read_names', 'SpokenWords', 'SeenThings', 'heard',
-           'in_words']
+           'fit_eyes', 'save_words', 'load_words', 'empty_words', 'read_names', 'SpokenWords', 'gist', 'asks_for_one',
+           'learn_word', 'SeenThings', 'heard', 'in_words']
 
 # %% ../../nbs/research/words.ipynb #51ab214c
 from dataclasses import dataclass
@@ -84,6 +84,7 @@ class Words:
     plain: torch.Tensor  # (1280,) the mean picture
     basis: torch.Tensor  # (1280, SPACE) orthonormal columns
     pictured: torch.Tensor  # (W, SPACE) unit length; zeros where nobody knows
+    lone: torch.Tensor  # (387,) of a logistic regression: is one thing asked for? The bias is last
 
     def tensors(self):
         "{name: tensor}, flat."
@@ -144,7 +145,7 @@ def load_words(folder=None):  # None: those that ship
 def empty_words(count):
     "Words of which nothing is known yet, to be filled from a file."
     shapes = {"usual": (384,), "whitener": (384, 384), "spoken": (count, 384)}
-    shapes |= {"plain": (1280,), "basis": (1280, SPACE), "pictured": (count, SPACE)}
+    shapes |= {"plain": (1280,), "basis": (1280, SPACE), "pictured": (count, SPACE), "lone": (387,)}
     zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
     return Words([""] * count, Listen().state_dict(), **zeros)
 
@@ -170,6 +171,7 @@ class SpokenWords(nn.Module):
         self.listen.requires_grad_(False)
         for name in ("usual", "whitener", "spoken", "pictured"):
             self.register_buffer(name, getattr(words, name).half().contiguous())
+        self.register_buffer("lone", words.lone.float())
 
     def whitened(self, frames, mask):  # (B, T, 384), (B, T) bool
         "(B, 384), unit length: where recordings of one word lie together."
@@ -188,15 +190,32 @@ class SpokenWords(nn.Module):
         "(B, SPACE), unit length."
         return F.normalize(self.shares(frames, mask) @ self.pictured.float(), dim=1)
 
-    def learn(self, name, clips, look):  # text; n recordings (T, 384); (SPACE,) of its pictures
-        "One word more; one of the same name is replaced."
-        masks = [torch.ones(1, len(one), dtype=torch.bool) for one in clips]
-        each = [self.whitened(one[None], mask) for one, mask in zip(clips, masks)]
-        sound = F.normalize(torch.cat(each).mean(0), dim=0)  # (384,)
-        kept = [place for place, other in enumerate(self.names) if other != name]
-        self.names = [self.names[place] for place in kept] + [name]
-        self.spoken = torch.cat([self.spoken[kept], sound[None].half()])  # (W, 384)
-        self.pictured = torch.cat([self.pictured[kept], look[None].half()])  # (W, SPACE)
+# %% ../../nbs/research/words.ipynb #lone0002
+def gist(listen, frames, mask):  # Listen, (B, T, 384), (B, T) bool
+    "(B, 386): the mean frame, the logarithm of the length, how evenly it listens."
+    even = clean((frames.float() - listen.centre) / listen.spread, mask)
+    lengths = mask.sum(1, keepdim=True)  # (B, 1)
+    weights = listen.weights(frames.float(), mask)  # (B, T)
+    evenness = torch.special.entr(weights).sum(1, keepdim=True)
+    return torch.cat([even.sum(1) / lengths, lengths.log(), evenness], 1)
+
+
+def asks_for_one(spoken, frames, mask):  # SpokenWords, (B, T, 384), (B, T) bool
+    "(B, 1) in 0 .. 1: how surely one thing is asked for, rather than a scene."
+    weights, bias = spoken.lone[:-1], spoken.lone[-1]
+    return (gist(spoken.listen, frames, mask) @ weights + bias).sigmoid()[:, None]
+
+
+@torch.no_grad()
+def learn_word(spoken, name, clips, look):  # SpokenWords, text, n times (T, 384), (SPACE,)
+    "One word more; one of the same name is replaced."
+    masks = [torch.ones(1, len(one), dtype=torch.bool) for one in clips]
+    each = [spoken.whitened(one[None], mask) for one, mask in zip(clips, masks)]
+    sound = F.normalize(torch.cat(each).mean(0), dim=0)  # (384,)
+    kept = [place for place, other in enumerate(spoken.names) if other != name]
+    spoken.names = [spoken.names[place] for place in kept] + [name]
+    spoken.spoken = torch.cat([spoken.spoken[kept], sound[None].half()])  # (W, 384)
+    spoken.pictured = torch.cat([spoken.pictured[kept], look[None].half()])  # (W, SPACE)
 
 # %% ../../nbs/research/words.ipynb #seenth01
 class SeenThings(nn.Module):
