@@ -27,7 +27,7 @@ def any_of_noun(model, corpus, rows) -> dict:
     right = torch.tensor([[bool(some & other) for other in shown] for some in nouns])  # (n, m)
     recall = {"queries": len(rows), "pictures": len(shown)}
     for stage, scores in zip(STAGES, stages):
-        found = right.gather(1, scores.argsort(1, descending=True, stable=True))
+        found = right.gather(1, scores.argsort(dim=1, descending=True, stable=True))
         share = {k: found[:, :k].any(1).float().mean().item() for k in (1, 5, 10)}
         recall[stage] = {str(k): round(100 * value, 3) for k, value in share.items()}
     return recall
@@ -44,10 +44,11 @@ def words(model) -> dict:
     figures["stamps_en_noun"] = any_of_noun(model, stamps, english)
     for split in ("test", "test_sentences"):
         things = load_corpus("things", split)
-        kinds = [things.pictures[one.image].scene["kind"] for one in things.captions]
+        kinds = [things.pictures[one.image].scene.get("kind") for one in things.captions]
         for kind in ("picture", "style"):  # what is new: the drawing, or its style, too
             rows = [row for row, other in enumerate(kinds) if other == kind]
-            figures[f"things_{split}_{kind}"] = any_of_noun(model, things, rows)
+            if rows:
+                figures[f"things_{split}_{kind}"] = any_of_noun(model, things, rows)
     print("measured words", flush=True)
     return figures
 

@@ -45,13 +45,14 @@ METRICS = {
         },
         "stamps_en": {
             "pictures": 65,
-            "nouns": {
+            "all": {
                 "queries": 30,
                 "coarse": {"1": 20.0, "5": 41.0, "10": 55.0},
                 "fine": {"1": 25.0, "5": 44.0, "10": 56.0},
             },
-            "all": None,
+            "nouns": None,
         },
+        "untrained": {"stamps_en": {"all": {"coarse": {"1": 19.0, "5": 40.0, "10": 54.0}}}},
     },
 }
 
@@ -84,9 +85,9 @@ def test_results_are_those_of_the_files(page, tmp_path):
         "61.0",
     ]
     assert cells(text, "", "fine") == ["66.6", "88.0", "91.5", "67.0", "89.0", "92.5", "88.8"]
-    assert cells(
-        text, "stamps, people speaking English: nouns of the scenes (30 recordings)", "coarse"
-    )[:4] == ["20.0", "41.0", "55.0", "–"]
+    people = "stamps, people speaking English: the very picture, of 65"
+    assert cells(text, people, "no training")[:4] == ["19.0", "40.0", "54.0", "–"]
+    assert cells(text, "", "coarse")[:4] == ["20.0", "41.0", "55.0", "–"]
     for said in (
         "`speechimg train --corpus 'my scenes'`",
         "seed 3",
@@ -103,7 +104,7 @@ def test_what_is_missing_is_called_so(page, tmp_path):
     write(tmp_path, "small", {"evaluations": {}})
     text = page["results"](tmp_path)
     assert cells(text, "scenes, a drawing style never seen", "coarse")[0] == "not measured"
-    assert cells(text, "stamps, people speaking English: all nouns", "coarse")[0] == "not measured"
+    assert cells(text, "the same among all 747 stamps", "coarse")[0] == "not measured"
     assert (
         text.index("`reference`") < text.index("`small`") and "None" not in text.split("`small`")[0]
     )
@@ -120,7 +121,7 @@ def test_odd_metrics_do_not_break_the_page(page, tmp_path, broken):
 def test_every_row_of_a_table_is_as_wide_as_its_head(page, tmp_path):
     write(tmp_path, "reference", METRICS)
     rows = [line for line in page["results"](tmp_path).splitlines() if line.startswith("|")]
-    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 10
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 17
 
 
 def test_shelves_are_the_notebooks(page):

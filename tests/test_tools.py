@@ -187,6 +187,8 @@ def miniature_project(tmp_path_factory):
     files = miniature.make_files(8, 1, splits=("all",))
     files.pop("swap.json", None)
     miniature.write_files(data / "stamps", files, zip=True)
+    miniature.make_corpus(data / "things", 12, 2, splits=("test", "test_sentences"), zip=True)
+    (data / "towers").symlink_to(Path(__file__).resolve().parent.parent / "data" / "towers")
     run = data.parent / "run"
     tiny_model(queue_size=16).save_pretrained(run)
     write_json(
@@ -203,7 +205,9 @@ def test_publish_and_demo(miniature_project, tmp_path, monkeypatch, capsys, fres
     folder = miniature_project / "models" / "reference"
     metrics = publish.publish(miniature_project.parent / "run", folder)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert sorted(metrics["evaluations"]) == ["stamps_en", "test", "test_style", "voice"]
+    assert {"stamps_en", "stamps_en_noun", "test", "test_style", "voice"} <= set(
+        metrics["evaluations"]
+    )
     assert (
         metrics["evaluations"]["test"]["swap"] and not metrics["evaluations"]["test_style"]["swap"]
     )
@@ -231,14 +235,14 @@ def test_publish_and_demo(miniature_project, tmp_path, monkeypatch, capsys, fres
             for part in (
                 "1  Scenes",
                 "2  People",
-                "3  Three",
+                "3  Six",
                 "4  A small model",
                 "swap probe",
                 "answers.html",
             )
         )
         page = (tmp_path / "runs" / "demo" / "answers.html").read_text()
-        assert page.count("<audio") == 3 and "http" not in re.sub(r"data:[^\"]+", "", page)
+        assert page.count("<audio") == 6 and "http" not in re.sub(r"data:[^\"]+", "", page)
     assert sorted(path.name for path in (tmp_path / "runs" / "demo").iterdir()) == ["answers.html"]
 
 
