@@ -139,7 +139,7 @@ class Evaluate:
     """Recall of the coarse ranking and of the re-ranked one, in both directions, and the swap probe
     where the corpus has one."""
 
-    # reference, small, or a folder that train made
+    # reference, small, untrained, or a folder that train made
     model: str = "reference"
     # scenes, stamps, or a folder or .zip in the common layout
     corpus: str = "scenes"
@@ -226,7 +226,7 @@ class Search:
     rerank: int = 16
     # also write a page with player, spectrogram and pictures
     save: Path | None = None
-    # reference, small, or a folder that train made
+    # reference, small, untrained, or a folder that train made
     model: str = "reference"
 
     def run(self):
@@ -337,7 +337,7 @@ def check_pictures(name, store):
 class Words:
     "List the words that a model finds without having been trained for them."
 
-    # reference, or a folder that train made
+    # reference, untrained, or a folder that train made
     model: str = "reference"
 
     def run(self):

@@ -24,6 +24,7 @@ from speechimg import cli
 from speechimg.core import Config, InputError
 from speechimg.look import page
 from speechimg.model import SpeechImageModel
+from speechimg.towers.words import load_words
 
 TINY = toys.TINY | {"towers": "small"}
 QUICK = [
@@ -239,6 +240,7 @@ def test_help_names_every_option_of_the_readme(command):
     for name, options in {
         "train": "--corpus --out --config --resume --limit --seed --steps --set --on-error",
         "check": "STR",
+        "words": "--model",
         "evaluate": "--model --corpus --split --rerank --json --language --on-error",
         "search": "PATH --gallery --top --save --rerank --model",
     }.items():
@@ -256,6 +258,18 @@ def test_help_explains_every_option(command, monkeypatch, name):
     bare = r"│ (-\S+|[A-Z]+|\{[^}]+\}) ?\S* +\((default: .*|repeatable|required)\) *│"
     options = [line for line in out.splitlines() if line.startswith(("│ --", "│ PATH", "│ STR"))]
     assert code == 0 and options and not [line for line in options if re.match(bare, line)]
+
+
+def test_words_are_listed_and_said(command, place, monkeypatch):
+    monkeypatch.delenv("SPEECHIMG_DATA")  # the towers' words lie in the project
+    code, out, _ = command("words", "--model", "untrained")
+    assert code == 0 and out.splitlines() == sorted(load_words().names, key=str.casefold)
+    known = ["--model", "untrained", "--gallery", place / "pictures"]
+    code, out, _ = command("search", place / "query.wav", *known)
+    assert code == 0 and out.startswith("heard: ")
+    code, out, _ = command("search", place / "query.wav", "--model", place / "model", *known[2:])
+    assert code == 0 and "heard" not in out
+    refused(command("words", "--model", place / "model"), "knows no words")
 
 
 # values that cannot be

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import tower_checks
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch.testing import assert_close
 from tower_checks import check_copy, check_gradients, check_order, check_padding
 
@@ -407,3 +407,12 @@ def test_a_model_without_words_says_nothing():
     assert model.told(torch.zeros(9000)) == ""
     with pytest.raises(InputError, match="cannot be added"):
         add_word(model, "zorp", [torch.zeros(9000)], [Image.new("RGB", (9, 9))])
+
+
+def test_a_model_of_the_first_light_towers_is_told_what_it_is(tmp_path):
+    SpeechImageModel(Config(width=16, heads=2, dim=8, fusion_depth=1)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {"encoders.speech_tower.norm_frames.weight": torch.ones(96)}
+    file.write_bytes(save(load(file.read_bytes()) | old))
+    with pytest.raises(InputError, match="first light towers.*train it again"):
+        SpeechImageModel.from_pretrained(str(tmp_path))
