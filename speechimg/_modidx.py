@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'speechimg/files/mixture.py'),
                                          'speechimg.files.mixture.corpus_or_mixture': ( 'research/mixture.html#corpus_or_mixture',
                                                                                         'speechimg/files/mixture.py'),
+                                         'speechimg.files.mixture.one_in': ('research/mixture.html#one_in', 'speechimg/files/mixture.py'),
                                          'speechimg.files.mixture.side_by_side': ( 'research/mixture.html#side_by_side',
                                                                                    'speechimg/files/mixture.py')},
             'speechimg.files.store': { 'speechimg.files.store.Archive': ('research/store.html#archive', 'speechimg/files/store.py'),
