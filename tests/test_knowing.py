@@ -206,6 +206,14 @@ def test_corpora_side_by_side_keep_their_families_and_nothing_else():
     assert both.fingerprint() != side_by_side([things, scenes]).fingerprint()
 
 
+def test_a_fifth_of_a_corpus_is_trained_on_and_all_of_it_validated():
+    whole, fifth = Mixture("scenes+things"), Mixture("scenes+things/5")
+    things = load_corpus("things", "train")
+    taken = [one.uttid for one in fifth("train").captions if one.uttid.startswith("things/")]
+    assert taken == [f"things/{one.uttid}" for one in things.captions[::5]]
+    assert len(fifth("val").captions) == len(whole("val").captions)
+
+
 def test_names_of_mixtures(tmp_path):
     assert corpus_or_mixture("scenes") == "scenes"
     folder = tmp_path / "a+b"
@@ -213,7 +221,8 @@ def test_names_of_mixtures(tmp_path):
     assert corpus_or_mixture(str(folder)) == str(folder)  # a folder of that name is meant
     mixed = corpus_or_mixture("scenes+things")
     assert mixed.__name__ == "scenes+things" and mixed("no such split") is None
-    for wrong in ("scenes+scenes", "scenes+", "+"):
+    assert list(Mixture("my/corpus+things/5").every.items()) == [("my/corpus", 1), ("things", 5)]
+    for wrong in ("scenes+scenes", "scenes+", "+", "scenes+things/0", "things/5+things"):
         with pytest.raises(InputError, match="corpora"):
             Mixture(wrong)
 

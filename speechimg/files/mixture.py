@@ -75,10 +75,9 @@ class Mixture:
 
 
 def one_in(part):  # "things", "things/5"
-    "(name, 1 in how many of the training's recordings); (name, 0) for what says neither."
-    name, _, every = part.partition("/")
-    right = name and (every.isdecimal() or "/" not in part)
-    return name, int(every or 1) if right else 0
+    "(name, 1 in how many of the training's recordings), 0 for what is no name."
+    name, _, every = part.rpartition("/")
+    return (name, int(every)) if name and every.isdecimal() else (part, int(bool(part)))
 
 
 def corpus_or_mixture(name, on_error="raise"):
