@@ -68,7 +68,7 @@ notebooks: dev ## run every notebook and keep its outputs, then export and READM
 	@$(PY) tools/readme.py
 
 reference: install ## train the reference model again (at most an hour on two cores)
-	@$(PY) -m speechimg.cli train --corpus scenes+things --config data/models/reference/train.json --out runs/reference
+	@$(PY) -m speechimg.cli train --corpus scenes+things/5 --config data/models/reference/train.json --out runs/reference
 	@$(PY) experiments/publish.py runs/reference data/models/reference
 
 small: install ## train the small model from scratch again (about an hour on two cores)
