@@ -86,7 +86,7 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
     )
     assert (
         RUN["command"] in card.text
-        and "12052 recordings in train" in card.text
+        and f"{RUN['recordings']['train']} recordings in train" in card.text
         and "Apache-2.0" in card.text
     )
     figures = {
@@ -99,16 +99,20 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
         figures["stamps_en (all)", "R@10, speech to image, coarse"]
         == RUN["evaluations"]["stamps_en"]["all"]["coarse"]["10"]
     )
-    assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {
-        ("scenes", "validation"),
-        ("scenes", "test"),
-        ("scenes", "test_style"),
-        ("stamps", "stamps_en (all)"),
-        ("stamps", "stamps_en (nouns)"),
+    sets = {(result.dataset_type, result.dataset_split) for result in card.data.eval_results}
+    ways = {  # of scenes both directions
+        ("scenes+things/5", "validation"): 2,
+        **{("scenes", split): 2 for split in ("test", "test_style", "voice")},
+        **{("stamps", f"stamps_en{part}"): 1 for part in (" (all)", " (nouns)", "_noun")},
+        **{
+            ("things", f"things_{split}_{kind}"): 1
+            for split in ("test", "test_sentences")
+            for kind in ("picture", "style")
+        },
     }
-    # validation, test, test_style: two stages, two directions; two parts of stamps: one direction
-    assert len(figures) == 3 * (3 * 4 + 2 * 2)
-    assert card.text.count("| fine |") == 3 * 2 + 2
+    assert sets == set(ways)
+    assert len(figures) == 3 * 2 * sum(ways.values())  # three k, two stages
+    assert card.text.count("| fine |") == sum(ways.values())
     make(run=RUN | {"evaluations": {"voice": RUN["evaluations"]["test"]}}).save_pretrained(tmp_path)
     assert {
         result.dataset_type for result in ModelCard.load(tmp_path / "README.md").data.eval_results

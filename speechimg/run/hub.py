@@ -153,7 +153,8 @@ def card_figures(run):  # what train and publish write into metrics.json
 # %% ../../nbs/research/hub.ipynb #defbc18c
 def corpus_name(run):
     "What a card calls the corpus: the name of its folder or archive; '' if none is recorded."
-    name = Path(str(run.get("corpus") or "")).name.removesuffix(".zip")
+    told = str(run.get("corpus") or "")
+    name = told if "+" in told else Path(told).name.removesuffix(".zip")
     return " ".join(name.replace("`", "'").split())
 
 
@@ -162,6 +163,8 @@ def eval_results(figures, corpus):  # from card_figures
     for name, stage, way, values in figures:
         own = re.match(r"(validation|test|voice)(_|$)", name)  # else: "stamps_en (all)" is stamps
         data = (corpus or "not recorded") if own else re.split(r"[_ ]", name)[0]
+        if own and name != "validation":  # of a mixture, the first
+            data = data.split("+")[0]
         for k in ("1", "5", "10"):
             yield EvalResult(
                 "retrieval",
