@@ -1025,6 +1025,31 @@ def test_colours_of_the_checkpoint(tmp_path):
     )
 
 
+def test_weights_of_another_revision_have_another_mark(monkeypatch, tmp_path):
+    "The name of the folder in which the hub's own cache puts a commit; mutant: no revision at all."
+    import huggingface_hub
+
+    def fetched(name, file):
+        if file != "config.json":
+            raise OSError("not there")
+        return str(tmp_path / "snapshots" / commit / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    marks = []
+    for commit in ("a" * 40, "b" * 40):
+        file, mark = large.blip2_colours("somebody/blip2")
+        assert file is None
+        marks.append(mark)
+    assert marks == ["a" * 40, "b" * 40]
+
+    def offline(name, file):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError, match="somebody/blip2: does not say its revision"):
+        large.blip2_colours("somebody/blip2")
+
+
 def test_the_whole_picture_is_seen():
     sight, wide = tower(Blip2Tower, cache_towers=False), picture(64, 32)
     seen = sight.front_end(wide)

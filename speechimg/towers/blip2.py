@@ -108,14 +108,14 @@ def blip2_facts(model):  # a hub id, a folder or "tiny"
         remedy = "give a BLIP-2 of the hub, such as Salesforce/blip2-opt-2.7b, or a folder with one"
         raise InputError(model, problem, remedy)
     facts = of_transformers("Blip2Config", model, lambda kind: kind.from_pretrained(model))
-    file, mark = blip2_colours(model, facts)
+    file, mark = blip2_colours(model)
     colours = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
     keys = zip(("image_mean", "image_std"), CLIP)
     return facts, *(tuple(colours.get(key, usual)) for key, usual in keys), str(mark)
 
 
-def blip2_colours(model, facts):
-    "(the file that tells the colours, or None; what changes with the content)"
+def blip2_colours(model):
+    "(the file that tells the colours, or None; what changes with the content). Raises InputError."
     folder = Path(model)
     if folder.is_dir():
         files = [(one.name, one.stat()) for one in sorted(folder.glob("*.safetensors"))]
@@ -123,11 +123,16 @@ def blip2_colours(model, facts):
         return folder / "preprocessor_config.json", mark
     from huggingface_hub import hf_hub_download
 
+    try:  # it lies in a folder that is called like the commit
+        commit = Path(hf_hub_download(model, "config.json")).parent.name
+    except Exception as error:
+        remedy = "try again, or give a folder as image_model"
+        raise InputError(model, f"does not say its revision ({error!s:.100})", remedy) from None
     try:
         file = Path(hf_hub_download(model, "preprocessor_config.json"))
     except Exception:
         file = None  # an old checkpoint without one: the values that all BLIP-2 share
-    return file, getattr(facts, "_commit_hash", None)
+    return file, commit
 
 # %% ../../nbs/research/blip2.ipynb #3bdab7d6
 def load_blip2(
