@@ -36,6 +36,7 @@ SETS = (
 )  # instructions that decide how fast products are
 LINEAR = 1.1  # exponent that still counts as linear: 1, and what the clock adds
 TINY = {
+    "words": 0,
     "width": 16,
     "dim": 16,
     "heads": 2,

@@ -1409,8 +1409,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'speechimg/towers/whisper.py'),
                                           'speechimg.towers.whisper.WhisperSpeech.params': ( 'research/whisper.html#whisperspeech.params',
                                                                                              'speechimg/towers/whisper.py'),
-                                          'speechimg.towers.whisper.like_lengths': ( 'research/whisper.html#like_lengths',
-                                                                                     'speechimg/towers/whisper.py'),
                                           'speechimg.towers.whisper.load_tower': ( 'research/whisper.html#load_tower',
                                                                                    'speechimg/towers/whisper.py'),
                                           'speechimg.towers.whisper.load_whisper': ( 'research/whisper.html#load_whisper',

@@ -32,7 +32,6 @@ from speechimg.towers.whisper import (
     LONGEST,
     WhisperEncoder,
     WhisperSpeech,
-    like_lengths,
     load_whisper,
     pieces,
     whisper_codes,
@@ -216,19 +215,15 @@ def test_means_of_neighbours_and_a_name_of_its_own():
     groups = fine[: len(coarse) * 4].astype(np.float32).reshape(-1, 4, 384)
     assert_close(torch.tensor(coarse), torch.tensor(groups.mean(1)).half(), **LIKE_HALF)
     assert WhisperSpeech(1).params != WhisperSpeech(4).params
-    assert WhisperSpeech(2).params == WhisperSpeech(2, together=7).params
     with pytest.raises(InputError, match="every"):
         WhisperSpeech(0)
 
 
 def test_many_gives_what_one_gives_in_the_order_given():
     waves = sounds(0.9, 0.2, 0.5, 0.2, 0.7)
-    ears = WhisperSpeech(together=150)
-    batches = list(like_lengths([len(wave) for wave in waves], 150 * FRAME))
-    assert sorted(sum(batches, [])) == [0, 1, 2, 3, 4] and len(batches) > 1
-    assert all(len(rows) * len(waves[rows[-1]]) <= 150 * FRAME for rows in batches)
+    ears = WhisperSpeech()
     for one, wave in zip(ears.many(waves), waves):
-        assert_close(torch.tensor(one), torch.tensor(ears(wave)), **LIKE_HALF)
+        assert np.array_equal(one, ears(wave))  # not a bit depends on the company
     assert ears.many([]) == []
 
 

@@ -34,7 +34,7 @@ TINY = SMALL | dict(
 CONFIGS = {
     "light": SMALL,
     "small": SMALL | dict(towers="small"),
-    "half": SMALL | dict(precision="bfloat16"),
+    "half": SMALL | dict(fusion_depth=4, precision="bfloat16"),
     "learning": TINY | dict(finetune="both"),
     "checkpointing": TINY | dict(finetune="both", checkpointing=True),
     "cached": TINY | dict(qformer=True),
@@ -228,7 +228,7 @@ def test_without_numbers_it_counts_the_same(name, monkeypatch):
 
 def test_auto_is_planned_as_a_gpu_takes_it():
     config = Config(**SMALL | dict(precision="auto"))
-    planned, half = plan(config), plan(Config(**CONFIGS["half"]))
+    planned, half = plan(config), plan(replace(config, precision="bfloat16"))
     assert planned == half and planned["precision"] == "bfloat16" and planned["tflops"] == 100
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATE', 'HOP', 'FRAME', 'FRONT', 'BEHIND', 'LONGEST', 'whisper_power', 'whisper_mels', 'whisper_codes',
-           'WhisperEncoder', 'load_tower', 'load_whisper', 'pieces', 'like_lengths', 'whisper_frames', 'WhisperSpeech']
+           'WhisperEncoder', 'load_tower', 'load_whisper', 'pieces', 'whisper_frames', 'WhisperSpeech']
 
 # %% ../../nbs/research/whisper.ipynb #92eafaab
 from functools import cache
@@ -123,21 +123,6 @@ def pieces(samples):
     size = -(-samples // count)
     return [size] * (count - 1) + [samples - size * (count - 1)]
 
-
-def like_lengths(
-    samples,  # length of each clip
-    most,  # samples of a batch, its padding included
-):
-    "Lists of places, like lengths together."
-    batch = []
-    for row in sorted(range(len(samples)), key=samples.__getitem__):
-        if batch and (len(batch) + 1) * samples[row] > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
 # %% ../../nbs/research/whisper.ipynb #42e4956c
 @torch.no_grad()
 def whisper_frames(
@@ -160,14 +145,10 @@ class WhisperSpeech:
 
     feature_dim = 384
 
-    def __init__(
-        self,
-        every=2,  # frames of 20 ms averaged to one
-        together=1000,  # frames heard at a time, short clips side by side; changes no result
-    ):
+    def __init__(self, every=2):  # frames of 20 ms averaged to one
         if every < 1:
             raise InputError("every", f"{every} frames have no mean", "choose 1, 2 or 4")
-        self.every, self.together = every, together
+        self.every = every
 
     @property
     def params(self):
@@ -179,14 +160,11 @@ class WhisperSpeech:
 
     def __call__(self, wave):  # (n,) float in [-1, 1] at 16 kHz, tensor or array
         "(T, 384) float16, T = frames(n)."
-        return self.many([wave])[0]
+        wave = torch.as_tensor(wave, dtype=torch.float32)
+        parts = wave.split(pieces(len(wave)))
+        heard = [whisper_frames([part], self.every)[0] for part in parts]
+        return torch.cat(heard).numpy().astype(np.float16)
 
-    def many(self, waves):  # a list of them
+    def many(self, waves):  # a list of them; it may be called in several threads at once
         "A list of (T, 384) float16, in the order given."
-        waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
-        parts = [part for wave in waves for part in wave.split(pieces(len(wave)))]
-        samples, heard = [len(part) + FRONT + BEHIND for part in parts], {}
-        for rows in like_lengths(samples, self.together * FRAME):
-            heard |= zip(rows, whisper_frames([parts[row] for row in rows], self.every))
-        heard = iter([heard[row].numpy().astype(np.float16) for row in range(len(parts))])
-        return [np.concatenate([next(heard) for _ in pieces(len(wave))]) for wave in waves]
+        return [self(wave) for wave in waves]
