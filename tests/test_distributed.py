@@ -236,7 +236,8 @@ def test_shares_are_consecutive_and_nearly_equal():
             )
 
 
-SETTINGS = TINY_RUN | {"batch_size": 7, "augment": False}
+# in bfloat16, another order of sums is another sign of many a small gradient
+SETTINGS = TINY_RUN | {"batch_size": 7, "augment": False, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")

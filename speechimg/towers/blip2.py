@@ -113,7 +113,7 @@ def blip2_facts(model):  # a hub id, a folder or "tiny"
     keys = zip(("image_mean", "image_std"), CLIP)
     return facts, *(tuple(colours.get(key, usual)) for key, usual in keys), str(mark)
 
-
+# %% ../../nbs/research/blip2.ipynb #colours1
 def blip2_colours(model):
     "(the file that tells the colours, or None; what changes with the content). Raises InputError."
     folder = Path(model)
