@@ -101,8 +101,7 @@ def test_the_card_says_data_licence_metrics_and_command(tmp_path):
     )
     sets = {(result.dataset_type, result.dataset_split) for result in card.data.eval_results}
     ways = {  # of scenes both directions
-        ("scenes+things/5", "validation"): 2,
-        **{("scenes", split): 2 for split in ("test", "test_style", "voice")},
+        **{("scenes", split): 2 for split in ("validation", "test", "test_style", "voice")},
         **{("stamps", f"stamps_en{part}"): 1 for part in (" (all)", " (nouns)", "_noun")},
         **{
             ("things", f"things_{split}_{kind}"): 1
@@ -159,11 +158,21 @@ def test_the_card_takes_the_corpus_from_the_run(tmp_path, corpus, name):
     assert card.data.model_name == "speechimg-" + re.sub(r"[^\w.-]", "-", name)
 
 
+def test_a_mixture_is_named_where_it_was_meant(tmp_path):
+    "Its validation is of all of it, a test of the first; mutant: the name behind the last slash."
+    make(run=RUN | {"corpus": "scenes+things/5"}).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["scenes+things/5"]
+    named = {result.dataset_split: result.dataset_type for result in card.data.eval_results}
+    assert named["validation"] == "scenes+things/5" and named["test_style"] == "scenes"
+
+
 def test_a_run_from_before_says_that_its_corpus_is_not_recorded(tmp_path):
     old = {key: value for key, value in RUN.items() if key not in ("corpus", "name")}
     make(run=old).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "a corpus that is not recorded (12052 recordings in train" in card.text
+    count = RUN["recordings"]["train"]
+    assert f"a corpus that is not recorded ({count} recordings in train" in card.text
     assert card.data.datasets is None and card.data.model_name == "speechimg-model"
     assert old["command"] in card.text
 
